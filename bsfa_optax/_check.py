@@ -1,0 +1,56 @@
+"""Eager checks of options: each error names the option, the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def concrete(value: Any) -> float | None:
+  """The Python float behind a scalar option; None if traced or a schedule."""
+  if callable(value) or isinstance(value, jax.core.Tracer):
+    return None
+  return float(value)
+
+
+def positive_int(name: str, value: Any) -> None:
+  """Raises unless `value` is an integer of at least 1."""
+  try:
+    valid = not isinstance(value, bool) and operator.index(value) >= 1
+  except TypeError:
+    valid = False
+  if not valid:
+    raise ValueError(f'{name} must be a positive integer, got {value!r}.')
+
+
+def in_range(name: str, value: Any, low: float, high: float) -> None:
+  """Raises unless `value` is a number in [low, high)."""
+  if not isinstance(value, (int, float, np.number)) or not low <= value < high:
+    raise ValueError(f'{name} must be in [{low}, {high}), got {value!r}.')
+
+
+def multiplier(name: str, value: Any) -> None:
+  """Raises unless `value` is a finite scalar >= 0, traced, or a schedule."""
+  if callable(value):
+    return
+  if np.ndim(value) != 0:
+    raise ValueError(
+      f'{name} must be a scalar or a schedule, got an array of shape'
+      f' {np.shape(value)}; pass one number for all blocks.'
+    )
+  number = concrete(value)
+  if number is not None and not (math.isfinite(number) and number >= 0):
+    raise ValueError(
+      f'{name} must be finite and non-negative, got {value!r}; it multiplies a part'
+      ' of the update (0 removes it, 1 leaves it as it is).'
+    )
+
+
+def positive(name: str, value: Any) -> None:
+  """Raises unless `value` is a positive number (infinity included)."""
+  if not isinstance(value, (int, float, np.number)) or not value > 0:
+    raise ValueError(f'{name} must be positive, got {value!r}.')

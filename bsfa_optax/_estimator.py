@@ -1,0 +1,70 @@
+"""The estimator protocol: what a source of dominant subspaces must provide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import optax
+
+from bsfa_optax import _blocks
+
+
+class SpectralFunction(Protocol):
+  """Maps eigenvalues of a block's covariance to multipliers."""
+
+  def __call__(self, variance: jax.Array, dominant: jax.Array) -> jax.Array:
+    """Multipliers of the principal directions.
+
+    Args:
+      variance: variances divided by the block's mean variance, real, any shape.
+      dominant: booleans of the same shape, true for the dominant directions.
+
+    Returns:
+      Multipliers of the shape of `variance`.
+    """
+    ...
+
+
+class Estimator(NamedTuple):
+  r"""A covariance estimate :math:`C` of each block, as four pure functions.
+
+  An estimator learns the covariance of what it is shown, block by block, and
+  applies spectral functions :math:`f(C)` of it. Write your own by filling in the
+  fields.
+
+  Attributes:
+    init: ``init(params) -> state``. Must accept abstract parameters.
+    update: ``update(updates, state, params, **extra_args) -> state`` learns from
+      one update and refreshes the basis when due. It is only called with finite
+      updates.
+    apply: ``apply(f, updates, state) -> (filtered, dominant_fraction)``, where
+      ``filtered`` is :math:`f(C) v` in the structure, shapes and dtypes of the
+      updates :math:`v`, and ``dominant_fraction`` is :math:`|Pv|/|v|` for each block,
+      float ``(blocks,)``. The identity until the first full refresh.
+    blocks: ``blocks(params) -> Blocks``, the blocks of a parameter tree.
+
+  Examples:
+    The projector on the dominant subspace is `apply` with f = 1 and 0:
+
+    >>> import jax.numpy as jnp
+    >>> from bsfa_optax import pca
+    >>> estimator = pca(rank=1, history=2, decay=0.0)
+    >>> params = jnp.zeros((2, 2))
+    >>> state = estimator.init(params)
+    >>> for scale in (1.0, -2.0):
+    ...   state = estimator.update(scale * jnp.array([[3.0, 0], [0, 4]]), state, params)
+    >>> project = lambda variance, dominant: dominant.astype(variance.dtype)
+    >>> projected, _ = estimator.apply(project, jnp.ones((2, 2)), state)
+    >>> print(projected.round(2))
+    [[0.84 0.  ]
+     [0.   1.12]]
+  """
+
+  init: Callable[[optax.Params], Any]
+  update: Callable[..., Any]
+  apply: Callable[
+    [SpectralFunction, optax.Updates, Any], tuple[optax.Updates, jax.Array]
+  ]
+  blocks: Callable[[optax.Params], _blocks.Blocks]

@@ -1,0 +1,174 @@
+"""Truncated singular value decompositions of tall stacks, a batch of blocks at once.
+
+Each solver sees the stacked rows of every block only through small matrices: Gram
+matrices (one all-reduce on a mesh) and linear combinations of rows (local). All
+blocks' small eigenproblems are solved as one batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Literal
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bsfa_optax import _blocks, _linalg, _stack
+
+OVERSAMPLING = 8
+POWER_ITERATIONS = 2
+
+Leaves = list[jax.Array]  # a stack (rows, *shape) for each leaf that is in a block
+
+
+class Rows(NamedTuple):
+  """The matrix A = mix @ rows of each block, (r, size of the block)."""
+
+  parts: _blocks.Blocks
+  stacks: tuple[Leaves, ...]  # stood on top of each other: n rows in all
+  mix: jax.Array  # (blocks, r, n)
+
+  def _contract(self, a: Leaves, b: Leaves) -> jax.Array:
+    return contract(self.parts, a, b).astype(self.mix.dtype)
+
+  def gram(self) -> jax.Array:
+    """A A^T, (blocks, r, r)."""
+    inner = jnp.concatenate(
+      [
+        jnp.concatenate([self._contract(a, b) for b in self.stacks], axis=2)
+        for a in self.stacks
+      ],
+      axis=1,
+    )
+    return self.mix @ inner @ jnp.matrix_transpose(self.mix)
+
+  def dot(self, other: Leaves) -> jax.Array:
+    """A B^T for a stack B of q rows, (blocks, r, q)."""
+    inner = [self._contract(a, other) for a in self.stacks]
+    return self.mix @ jnp.concatenate(inner, axis=1)
+
+  def combine(self, weights: jax.Array) -> Leaves:
+    """W A for weights (blocks, q, r), as a stack of q rows."""
+    weights = weights @ self.mix
+    parts, start = [], 0
+    for stack in self.stacks:
+      stop = start + stack[0].shape[0]
+      parts.append(combine(self.parts, weights[:, :, start:stop], stack))
+      start = stop
+    return [functools.reduce(operator.add, leaf) for leaf in zip(*parts, strict=True)]
+
+
+def contract(parts: _blocks.Blocks, a: Leaves, b: Leaves) -> jax.Array:
+  """A B^T for stacks of r and q rows, (blocks, r, q)."""
+  return parts.gather(
+    [_stack.contract(*x) for x in zip(a, b, parts.batch_axes, strict=True)], 2
+  )
+
+
+def combine(parts: _blocks.Blocks, weights: jax.Array, stacks: Leaves) -> Leaves:
+  """W A for weights (blocks, q, r) and a stack A of r rows, as a stack of q rows."""
+  return [
+    _stack.combine(*x)
+    for x in zip(parts.scatter(weights), stacks, parts.batch_axes, strict=True)
+  ]
+
+
+def gram_svd(a: Rows, rank: int) -> tuple[jax.Array, Leaves]:
+  """The top right singular vectors of A from the eigenvectors of A A^T.
+
+  Returns:
+    Squared singular values (blocks, rank), descending, 0 where A has no further
+    direction, and the singular vectors as a stack of `rank` rows.
+  """
+  variance, left = _top(a.gram(), rank)
+  inverse = _masked_reciprocal(jnp.sqrt(variance))
+  return variance, _orthonormalize(a.parts, a.combine(inverse[:, :, None] * left))
+
+
+def randomized_svd(
+  a: Rows, rank: int, warm_start: Leaves, key: jax.Array
+) -> tuple[jax.Array, Leaves]:
+  """The top right singular vectors of A by a randomized range finder.
+
+  Halko, Martinsson, Tropp (2011), with the sketch taken from the left, so that it
+  never leaves the row space of A, and Cholesky QR in place of Householder QR.
+
+  Args:
+    a: the rows.
+    rank: singular vectors wanted.
+    warm_start: a stack of `rank` rows near the wanted ones (zero rows are ignored).
+    key: a random key for the rest of the sketch.
+
+  Returns:
+    As `gram_svd`.
+  """
+  n = a.mix.shape[1]
+  size = min(rank + OVERSAMPLING, n)
+  sketch = jax.random.normal(key, (size, n), a.mix.dtype)
+  sketch = jnp.broadcast_to(sketch, (a.mix.shape[0], size, n))
+  warm = jnp.matrix_transpose(a.dot(warm_start))  # V A^T, one power iteration ahead
+  norm = jnp.linalg.norm(warm, axis=2, keepdims=True)
+  warm = jnp.where(norm > 0, warm * _masked_reciprocal(norm), sketch[:, :rank])
+  sketch = jnp.concatenate([warm, sketch[:, rank:]], axis=1)
+  for _ in range(POWER_ITERATIONS):
+    _, sketch, _ = _orthonormal_range(a, sketch)
+  found, sketch, inverse = _orthonormal_range(a, sketch)
+  variance, right = _top(sketch @ jnp.matrix_transpose(sketch), rank)
+  present = (variance > 0).astype(variance.dtype)[:, :, None]
+  rows = combine(a.parts, (present * right) @ inverse, found)
+  return variance, _orthonormalize(a.parts, rows)
+
+
+def cheaper_solver(rank: int, rows: int) -> Literal['gram', 'randomized']:
+  """The solver with fewer operations for `rows` rows, by count of row products."""
+  size = min(rank + OVERSAMPLING, rows)
+  gram = rows * rows + rank * rows
+  # A range takes W A and A Y^T, and Y Y^T in between; then the warm start and V.
+  ranges = (POWER_ITERATIONS + 1) * (2 * size * rows + size * size)
+  randomized = ranges + rank * rows + rank * size
+  return 'gram' if gram <= randomized else 'randomized'
+
+
+def _orthonormal_range(
+  a: Rows, sketch: jax.Array
+) -> tuple[Leaves, jax.Array, jax.Array]:
+  """Y = W A, then Q A^T for Q = R^-1 Y with orthonormal rows, and R^-1."""
+  found = a.combine(sketch)
+  gram = contract(a.parts, found, found).astype(sketch.dtype)
+  inverse = _inverse_cholesky(gram)
+  return found, inverse @ jnp.matrix_transpose(a.dot(found)), inverse
+
+
+def _top(gram: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+  """The top eigenvalues (blocks, rank) and, as rows, the eigenvectors of each."""
+  values, vectors = _linalg.eigh(gram)
+  values, vectors = values[:, :rank], vectors[:, :rank]
+  # What is below the rounding of the greatest is noise, not a direction.
+  floor = 32 * jnp.finfo(values.dtype).eps * values[:, :1]
+  values = jnp.where(values > floor, values, 0)
+  return values, vectors
+
+
+def _masked_reciprocal(x: jax.Array) -> jax.Array:
+  return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
+
+
+def _inverse_cholesky(gram: jax.Array) -> jax.Array:
+  """R^-1 with R R^T = gram, shifted so that a singular matrix is no error."""
+  n = gram.shape[-1]
+  trace = jnp.trace(gram, axis1=1, axis2=2)[:, None, None]
+  shift = jnp.where(trace > 0, 8 * n * jnp.finfo(gram.dtype).eps * trace, 1)
+  return _linalg.inverse_cholesky(gram + shift * jnp.eye(n, dtype=gram.dtype)[None])
+
+
+def _orthonormalize(parts: _blocks.Blocks, rows: Leaves) -> Leaves:
+  """Makes nearly orthonormal rows orthonormal to rounding; zero rows stay zero."""
+  gram = contract(parts, rows, rows)
+  eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
+  absent = jnp.diagonal(gram, axis1=1, axis2=2)[:, :, None] == 0
+  inverse = _linalg.inverse_cholesky(gram + jnp.where(absent, eye, 0))
+  # Rows too far from orthonormal have no factor: better kept as they are.
+  inverse = jnp.where(jnp.isfinite(inverse).all((1, 2), keepdims=True), inverse, eye)
+  return combine(parts, inverse, rows)

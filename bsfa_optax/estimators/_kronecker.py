@@ -1,0 +1,250 @@
+"""Principal components with a Kronecker-factored covariance, leaf by leaf."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bsfa_optax import _blocks, _check, _linalg, _stack
+from bsfa_optax._estimator import Estimator
+
+
+class Factors(NamedTuple):
+  """Eigendecompositions of the covariance factors of one leaf.
+
+  Attributes:
+    basis: for each factored axis of n entries the eigenvectors as columns,
+      (*batch, n, n), in the storage dtype.
+    spectrum: for each factored axis the eigenvalues, descending, float32 (*batch, n).
+  """
+
+  basis: tuple[jax.Array, ...]
+  spectrum: tuple[jax.Array, ...]
+
+
+class KroneckerState(NamedTuple):
+  """State of the `kronecker` estimator.
+
+  Attributes:
+    kronecker_step: updates seen, int32 ().
+    factors: a `Factors` for each leaf in a block, in a tree like the parameters.
+    explained_variance: share of the variance that the dominant directions (those of
+      more than mean variance) held at the last refresh, float32 (blocks,).
+  """
+
+  kronecker_step: jax.Array
+  factors: Any
+  explained_variance: jax.Array
+
+
+def kronecker(
+  *,
+  decay: float = 0.9,
+  refresh_every: int = 10,
+  max_size: int = 2048,
+  max_ratio: float = 8.0,
+  storage_dtype: Any = jnp.float32,
+  batch_axes: _blocks.BatchAxes = None,
+) -> Estimator:
+  r"""Principal components with a Kronecker-factored covariance of the updates.
+
+  For a matrix block with updates :math:`G` the covariance is taken as
+  :math:`R \otimes L`, with :math:`L` and :math:`R` the exponential moving averages of
+  :math:`G G^\top / |G|^2` and :math:`G^\top G / |G|^2`. Its principal directions are
+  the outer products of the eigenvectors of both, and the variance along the pair
+  (i, j) is :math:`l_i r_j`: all directions of the block are resolved, where `pca`
+  keeps a few. Arrays of more axes have a factor for every axis. A direction is
+  dominant where its variance exceeds the block's mean.
+
+  Only eigenvectors and eigenvalues are stored, no covariance factors: each refresh
+  takes the update of its step into the factors' eigenbasis, adds it there to the
+  decayed eigenvalues, and rotates the basis by the eigenvectors of the sum. The
+  memory for an (m, n) matrix is ``m * m + n * n`` entries.
+
+  Args:
+    decay: weight of the past at a refresh, in [0, 1).
+    refresh_every: updates between two refreshes, each of which uses one update.
+    max_size: axes with more entries have no factor, as for the vocabulary axis of an
+      embedding. A refresh costs about ``9 * n**3`` operations for an axis of n.
+    max_ratio: nor have axes with more than this many times the entries of all other
+      axes together: the factor would cost far more than the update.
+    storage_dtype: dtype of the stored eigenvectors.
+    batch_axes: axes that index blocks within a leaf; see `bsfa_optax.pca`.
+
+  Returns:
+    An `Estimator`. It is the identity until the first refresh, after `refresh_every`
+    updates.
+
+  Raises:
+    ValueError: for an option out of range, with its name, value and remedy.
+
+  Examples:
+    >>> import bsfa_optax, jax, jax.numpy as jnp
+    >>> tx = bsfa_optax.bsfa(estimator=bsfa_optax.kronecker(refresh_every=5))
+    >>> matrix = jax.ShapeDtypeStruct((128, 256), jnp.float32)
+    >>> bsfa_optax.state_bytes(tx, matrix) // 4 - (128**2 + 128) - (256**2 + 256)
+    4
+
+  References:
+    Gupta, Koren, Singer, `Shampoo: Preconditioned Stochastic Tensor Optimization
+    <https://arxiv.org/abs/1802.09568>`_, 2018
+
+    Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
+    <https://arxiv.org/abs/2409.11321>`_, 2024
+  """
+  _check.in_range('decay', decay, 0.0, 1.0)
+  _check.positive_int('refresh_every', refresh_every)
+  _check.positive_int('max_size', max_size)
+  _check.positive('max_ratio', max_ratio)
+
+  def partition(params):
+    return _blocks.resolve(params, None, batch_axes)
+
+  def factored_axes(shape, batch):
+    size = 1
+    for axis, n in enumerate(shape):
+      size *= 1 if axis in batch else n
+    return tuple(
+      axis
+      for axis, n in enumerate(shape)
+      if axis not in batch and 1 < n <= max_size and n <= max_ratio * (size // n)
+    )
+
+  def leaves_of(parts, tree, state):
+    """Leaf, factors, factored axes and batch axes of each leaf in a block."""
+    factors = jax.tree.leaves(state.factors, is_leaf=_is_factors)
+    factors = [x for x in factors if _is_factors(x)]
+    return [
+      (x, factor, factored_axes(x.shape, batch), batch)
+      for x, factor, batch in zip(
+        parts.select(tree), factors, parts.batch_axes, strict=True
+      )
+    ]
+
+  def init(params):
+    parts = partition(params)
+    leaves, structure = jax.tree.flatten(_blocks.unbox(params))
+    factors: list[Any] = [optax.MaskedNode()] * len(leaves)
+    for i, batch in zip(parts.leaves, parts.batch_axes, strict=True):
+      shape = leaves[i].shape
+      stack = tuple(shape[axis] for axis in batch)
+      sizes = [shape[axis] for axis in factored_axes(shape, batch)]
+      eye = lambda n, stack=stack: jnp.tile(
+        jnp.eye(n, dtype=storage_dtype), (*stack, 1, 1)
+      )
+      factors[i] = Factors(
+        tuple(eye(n) for n in sizes),
+        tuple(jnp.zeros((*stack, n), jnp.float32) for n in sizes),
+      )
+    return KroneckerState(
+      kronecker_step=jnp.zeros((), jnp.int32),
+      factors=jax.tree.unflatten(structure, factors),
+      explained_variance=jnp.zeros((max(parts.count, 1),), jnp.float32),
+    )
+
+  def refresh(updates, state):
+    parts = partition(updates)
+    bases, spectra, moments = {}, {}, {}  # by (leaf, axis)
+    for i, (v, factor, axes, batch) in enumerate(leaves_of(parts, updates, state)):
+      rotated = _stack.rotate(v, factor.basis, axes, batch)
+      norm = _stack.squared_norm(rotated, batch)[..., None, None]
+      norm = jnp.where(norm > 0, norm, 1)
+      for axis, basis, spectrum in zip(axes, *factor, strict=True):
+        moment = (_stack.second_moment(rotated, axis, batch) / norm).astype(jnp.float32)
+        past = spectrum[..., None] * jnp.eye(spectrum.shape[-1]).reshape(
+          (1,) * len(batch) + moment.shape[-2:]
+        )
+        bases[i, axis] = basis
+        moments[i, axis] = decay * past + (1 - decay) * moment
+    # All decompositions of one size are one batch.
+    for n in sorted({m.shape[-1] for m in moments.values()}):
+      keys = [key for key, m in moments.items() if m.shape[-1] == n]
+      values, vectors = _linalg.eigh(
+        jnp.concatenate([moments[key].reshape(-1, n, n) for key in keys])
+      )
+      start = 0
+      for key in keys:
+        shape = moments[key].shape
+        stop = start + moments[key].size // n**2
+        turn = jnp.matrix_transpose(vectors[start:stop]).reshape(shape)
+        basis = bases[key]
+        bases[key] = jnp.matmul(
+          basis.astype(turn.dtype), turn, precision=jax.lax.Precision.HIGHEST
+        ).astype(basis.dtype)
+        spectra[key] = jnp.maximum(values[start:stop], 0).reshape(shape[:-1])
+        start = stop
+    new, explained = [], []
+    for i, (v, _, axes, batch) in enumerate(leaves_of(parts, updates, state)):
+      factor = Factors(
+        tuple(bases[i, axis] for axis in axes), tuple(spectra[i, axis] for axis in axes)
+      )
+      variance = relative_variance(factor, v.ndim, axes, batch)
+      inside = jnp.where(variance > 1, variance, 0)
+      rest = tuple(axis for axis in range(v.ndim) if axis not in batch)
+      explained.append(inside.mean(rest))
+      new.append(factor)
+    position = iter(new)
+    return state._replace(
+      factors=jax.tree.map(
+        lambda _: next(position), state.factors, is_leaf=_is_factors
+      ),
+      explained_variance=parts.gather(explained),
+    )
+
+  def update(updates, state, params=None, **extra_args):
+    del params, extra_args
+    state = state._replace(kronecker_step=optax.safe_increment(state.kronecker_step))
+    if not partition(updates).count:
+      return state
+    due = state.kronecker_step % refresh_every == 0
+    return jax.lax.cond(due, refresh, _keep, updates, state)
+
+  def apply(f, updates, state):
+    parts = partition(updates)
+    if not parts.count:
+      return updates, jnp.zeros_like(state.explained_variance)
+    active = state.kronecker_step >= refresh_every
+    filtered, inside = [], []
+    for v, factor, axes, batch in leaves_of(parts, updates, state):
+      rotated = _stack.rotate(v, factor.basis, axes, batch)
+      variance = relative_variance(factor, v.ndim, axes, batch)
+      dominant = active & (variance > 1)
+      # Written as a change of what f makes of the mean variance, so that f = 1 gives
+      # back the update to the last bit.
+      one, no = jnp.ones((1,) * v.ndim), jnp.zeros((1,) * v.ndim, bool)
+      base = jnp.where(active, f(one, no), 1)
+      excess = jnp.where(active, f(variance, dominant) - base, 0)
+      change = excess.astype(rotated.dtype) * rotated
+      change = _stack.rotate(change, factor.basis, axes, batch, inverse=True)
+      out = base.astype(change.dtype) * v.astype(change.dtype) + change
+      filtered.append(out.astype(v.dtype))
+      inside.append(jnp.where(dominant, rotated, 0))
+    norm = _stack.block_squared_norm(parts, parts.select(updates))
+    fraction = _stack.block_squared_norm(parts, inside) / jnp.where(norm > 0, norm, 1)
+    return parts.replace(updates, filtered), jnp.sqrt(fraction)
+
+  return Estimator(init, update, apply, partition)
+
+
+def relative_variance(
+  factor: Factors, ndim: int, axes: tuple[int, ...], batch_axes: tuple[int, ...]
+) -> jax.Array:
+  """Variance of each coefficient over the mean one, to broadcast to the leaf."""
+  variance = jnp.ones((1,) * ndim)
+  for axis, spectrum in zip(axes, factor.spectrum, strict=True):
+    mean = spectrum.mean(-1, keepdims=True)
+    relative = spectrum / jnp.where(mean > 0, mean, 1)
+    variance = variance * _stack.along_axis(relative, axis, batch_axes, ndim)
+  return variance
+
+
+def _is_factors(x: Any) -> bool:
+  return isinstance(x, Factors)
+
+
+def _keep(updates: Any, state: Any) -> Any:
+  del updates
+  return state

@@ -1,0 +1,35 @@
+"""Settings of the whole suite: eight CPU devices and no silent promotion."""
+
+import os
+
+# Two workers on two cores gain nothing from thread pools of their own.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+  os.environ.setdefault('XLA_FLAGS', '--xla_cpu_multi_thread_eigen=false')
+  os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import optax
+import pytest
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# Adam's `float ** int32` is the one step of optax's that strict promotion refuses.
+_bias_correction = optax.tree.bias_correction
+
+
+def _promoting_bias_correction(moment, decay, count):
+  with jax.numpy_dtype_promotion('standard'):
+    return _bias_correction(moment, decay, count)
+
+
+optax.tree.bias_correction = _promoting_bias_correction
+
+
+@pytest.fixture
+def standard_promotion():
+  """JAX's default promotion, for code of others that relies on it."""
+  with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
+    yield
