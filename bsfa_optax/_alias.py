@@ -22,9 +22,9 @@ def bsfa_adamw(
   mask: Any | Callable[[optax.Params], Any] | None = None,
   *,
   nesterov: bool = False,
-  alpha: optax.ScalarOrSchedule = 0.1,
-  gamma: optax.ScalarOrSchedule = 4.0,
-  exponent: optax.ScalarOrSchedule | None = 0.5,
+  alpha: optax.ScalarOrSchedule = 0.3,
+  gamma: optax.ScalarOrSchedule = 2.0,
+  exponent: optax.ScalarOrSchedule | None = None,
   preserve_norm: bool = False,
   estimator: Estimator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -62,7 +62,8 @@ def bsfa_adamw(
     >>> params = optax.apply_updates(params, updates)
 
   References:
-    BSFA, arXiv `2510.25244 <https://arxiv.org/abs/2510.25244>`_, 2025
+    Zhou, Wang, Chen, Cheng, `BSFA: Leveraging the Subspace Dichotomy to Accelerate
+    Neural Network Training <https://arxiv.org/abs/2510.25244>`_, 2025
 
     Loshchilov and Hutter, `Decoupled Weight Decay Regularization
     <https://arxiv.org/abs/1711.05101>`_, 2019

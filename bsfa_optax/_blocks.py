@@ -44,6 +44,8 @@ class Blocks:
   blocks: tuple[Block, ...]
   leaves: tuple[int, ...]  # leaves in a block, as positions in jax.tree.leaves
   batch_axes: tuple[tuple[int, ...], ...]  # for each of `leaves`, ascending
+  # For each of `leaves` the manual mesh axes (`jax.shard_map`) that split it.
+  split: tuple[tuple[str, ...], ...]
 
   @property
   def count(self) -> int:
@@ -86,12 +88,19 @@ class Blocks:
   def gather(self, values: Sequence[jax.Array], trailing: int = 0) -> jax.Array:
     """Sums `(*batch, ...)` values within each block into `(count, ...)`.
 
+    The leaves split in the same way share one all-reduce.
+
     Args:
       values: an array for each of `leaves`, its batch axes first.
       trailing: number of axes behind the batch axes.
     """
     dtype = functools.reduce(np.promote_types, [x.dtype for x in values])
     values = [x.astype(dtype) for x in values]
+    for axes in {axes: None for axes in self.split if axes}:
+      members = [i for i, split in enumerate(self.split) if split == axes]
+      totals = jax.lax.psum([values[i] for i in members], axes)
+      for i, total in zip(members, totals, strict=True):
+        values[i] = total
     parts = []
     for block in self.blocks:
       total = sum(values[i] for i in block.leaves[1:]) if block.leaves[1:] else 0
@@ -136,6 +145,8 @@ def _is_axes(x: Any) -> bool:
 
 def _broadcast(spec: Any, tree: Any, is_leaf: Callable, option: str) -> list[Any]:
   """The leaf of `spec` (a tree prefix of `tree`) for each leaf of `tree`."""
+  if not jax.tree.leaves(tree):  # optax's placeholder for parameters, for one
+    return []
   if callable(spec):
     spec = spec(tree)
   try:
@@ -160,8 +171,41 @@ class _Leaf(NamedTuple):
   value: Any
 
 
+def varying_axes(x: jax.Array) -> frozenset[str]:
+  """The manual mesh axes along which `x` differs; none with ``check_vma=False``."""
+  kind = jax.typeof(x)
+  if hasattr(kind, 'manual_axis_type'):
+    return kind.manual_axis_type.varying
+  return getattr(kind, 'vma', frozenset())
+
+
+def _split_axes(name: str, leaf: Any, axis_names: tuple[str, ...]) -> tuple[str, ...]:
+  """Those of `axis_names` that split a leaf: it varies over no others."""
+  if not isinstance(leaf, jax.core.Tracer):
+    return ()
+  varying = varying_axes(leaf)
+  if rest := varying.difference(axis_names):
+    raise ValueError(
+      f'{name!r} varies over the manual mesh axes {sorted(rest)}: average gradients of'
+      ' replicated parameters over them first (jax.lax.pmean); if they split the'
+      ' parameters, take the estimator `pca` and name them in its axis_name.'
+    )
+  split = []
+  for axis in axis_names:
+    try:
+      checked = varying_axes(jax.lax.axis_index(axis))
+    except NameError:  # not in a function mapped over this axis
+      continue
+    if axis in varying or not checked:
+      split.append(axis)
+  return tuple(split)
+
+
 def resolve(
-  params: Any, labels: BlockLabels = None, batch_axes: BatchAxes = None
+  params: Any,
+  labels: BlockLabels = None,
+  batch_axes: BatchAxes = None,
+  axis_name: str | Sequence[str] | None = None,
 ) -> Blocks:
   """Works out the blocks of `params` from shapes alone.
 
@@ -169,13 +213,14 @@ def resolve(
     params: parameters or updates; abstract and boxed (Flax) leaves are fine.
     labels: see `bsfa_optax.pca`.
     batch_axes: see `bsfa_optax.pca`.
+    axis_name: see `bsfa_optax.pca`.
 
   Returns:
     The static `Blocks`.
 
   Raises:
-    ValueError: for a spec of another structure, an axis out of range, or leaves
-      of one block with different batch shapes.
+    ValueError: for a spec of another structure, an axis out of range, leaves of one
+      block with different batch shapes, or leaves split over other mesh axes.
     TypeError: for parameters that are not real floating-point numbers.
   """
   tree = unbox(params)
@@ -198,7 +243,7 @@ def resolve(
   ):
     value = spec.value
     value = () if value is None else (value,) if isinstance(value, int) else value
-    if any(not -leaf.ndim <= a < leaf.ndim for a in value):
+    if not _is_axes(value) or any(not -leaf.ndim <= a < leaf.ndim for a in value):
       raise ValueError(
         f'batch_axes must lie within the axes of each leaf, got {spec.value} for'
         f' {name!r} of shape {leaf.shape}; use None for leaves without one.'
@@ -220,6 +265,9 @@ def resolve(
       groups.setdefault(str(label), []).append(i)
   leaves = tuple(i for i, label in enumerate(chosen) if label is not None)
   position = {leaf: i for i, leaf in enumerate(leaves)}
+  axis_names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+  split = {i: _split_axes(names[i], flat[i][1], axis_names) for i in leaves}
+  shards = lambda i: math.prod(jax.lax.axis_size(axis) for axis in split[i])
 
   blocks, start = [], 0
   for label, members in groups.items():
@@ -230,7 +278,7 @@ def resolve(
         f' in block {label!r}; give them different labels or other batch_axes.'
       )
     batch_shape = shapes.pop()
-    total = sum(math.prod(flat[i][1].shape) for i in members)
+    total = sum(math.prod(flat[i][1].shape) * shards(i) for i in members)
     count = math.prod(batch_shape)
     blocks.append(
       Block(
@@ -242,7 +290,12 @@ def resolve(
       )
     )
     start += count
-  return Blocks(tuple(blocks), leaves, tuple(axes[i] for i in leaves))
+  return Blocks(
+    tuple(blocks),
+    leaves,
+    tuple(axes[i] for i in leaves),
+    tuple(split[i] for i in leaves),
+  )
 
 
 def block_names(

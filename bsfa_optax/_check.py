@@ -7,6 +7,7 @@ import operator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -29,7 +30,7 @@ def positive_int(name: str, value: Any) -> None:
 
 def in_range(name: str, value: Any, low: float, high: float) -> None:
   """Raises unless `value` is a number in [low, high)."""
-  if not isinstance(value, (int, float, np.number)) or not low <= value < high:
+  if not _is_number(value) or not low <= value < high:
     raise ValueError(f'{name} must be in [{low}, {high}), got {value!r}.')
 
 
@@ -42,15 +43,33 @@ def multiplier(name: str, value: Any) -> None:
       f'{name} must be a scalar or a schedule, got an array of shape'
       f' {np.shape(value)}; pass one number for all blocks.'
     )
-  number = concrete(value)
-  if number is not None and not (math.isfinite(number) and number >= 0):
+  try:
+    number = concrete(value)
+    valid = number is None or (math.isfinite(number) and number >= 0)
+  except (TypeError, ValueError):
+    valid = False
+  if not valid:
     raise ValueError(
-      f'{name} must be finite and non-negative, got {value!r}; it multiplies a part'
-      ' of the update (0 removes it, 1 leaves it as it is).'
+      f'{name} must be finite and non-negative, got {value!r}; pass a number or a'
+      ' schedule that returns such numbers.'
     )
 
 
 def positive(name: str, value: Any) -> None:
   """Raises unless `value` is a positive number (infinity included)."""
-  if not isinstance(value, (int, float, np.number)) or not value > 0:
+  if not _is_number(value) or not value > 0:
     raise ValueError(f'{name} must be positive, got {value!r}.')
+
+
+def floating(name: str, value: Any) -> None:
+  """Raises unless `value` is a floating-point dtype or None."""
+  try:
+    valid = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
+  except TypeError:
+    valid = False
+  if not valid:
+    raise ValueError(f'{name} must be a floating-point dtype, got {value!r}.')
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)

@@ -37,10 +37,10 @@ class BSFAState(NamedTuple):
 
 
 def bsfa(
-  alpha: optax.ScalarOrSchedule = 0.1,
-  gamma: optax.ScalarOrSchedule = 4.0,
+  alpha: optax.ScalarOrSchedule = 0.3,
+  gamma: optax.ScalarOrSchedule = 2.0,
   *,
-  exponent: optax.ScalarOrSchedule | None = 0.5,
+  exponent: optax.ScalarOrSchedule | None = None,
   preserve_norm: bool = False,
   estimator: Estimator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -53,11 +53,11 @@ def bsfa(
   .. math::
     f(C)\,v = \sum_i f(\lambda_i / \bar\lambda)\; u_i u_i^\top v .
 
-  With ``exponent=None`` the filter has two levels, :math:`f = \alpha` on the dominant
-  directions and :math:`f = \gamma` on the rest, which is BSFA as published:
-  :math:`\alpha P v + \gamma (I - P) v`. Otherwise it is graded: :math:`f(x) = x^{-p}`
-  clipped to :math:`[\alpha, \gamma]`, so that alpha is the floor for the most dominant
-  direction and gamma the ceiling for the flattest one.
+  The filter has two levels, :math:`f = \alpha` on the dominant directions and
+  :math:`f = \gamma` on the rest, which is BSFA as published:
+  :math:`\alpha P v + \gamma (I - P) v`. With an `exponent` it is graded:
+  :math:`f(x) = x^{-p}` clipped to :math:`[\alpha, \gamma]`, so that alpha is the floor
+  for the most dominant direction and gamma the ceiling for the flattest one.
 
   Where to put it in a chain:
 
@@ -72,7 +72,8 @@ def bsfa(
     the size of what it gets, undoes a part of the filter.
 
   Until the estimator's first full refresh the filter is the identity. An update with
-  a NaN or an infinity in it passes through as it is and leaves no trace in the state.
+  a NaN or an infinity in it, or entries too large to be squared and summed (1e14 in
+  float32), passes through as it is and leaves no trace in the state.
 
   All defaults are ours, found by measurement: the sources publish none.
 
@@ -95,7 +96,8 @@ def bsfa(
   Raises:
     ValueError: if alpha, gamma or exponent is negative or not finite, or alpha exceeds
       gamma in the graded filter.
-    TypeError: at ``init``, for parameters that are not real floating-point numbers.
+    TypeError: if `estimator` is none, and at ``init``, for parameters that are not
+      real floating-point numbers.
 
   Examples:
     >>> import bsfa_optax, jax.numpy as jnp, optax
@@ -108,7 +110,8 @@ def bsfa(
     Array([0.], dtype=float32)
 
   References:
-    BSFA, arXiv `2510.25244 <https://arxiv.org/abs/2510.25244>`_, 2025
+    Zhou, Wang, Chen, Cheng, `BSFA: Leveraging the Subspace Dichotomy to Accelerate
+    Neural Network Training <https://arxiv.org/abs/2510.25244>`_, 2025
   """
   _check.multiplier('alpha', alpha)
   _check.multiplier('gamma', gamma)
@@ -122,6 +125,11 @@ def bsfa(
       )
   if estimator is None:
     estimator = kronecker()
+  if not isinstance(estimator, Estimator):
+    raise TypeError(
+      f'estimator must be an Estimator, got {estimator!r}; call the factory, as in'
+      ' estimator=pca().'
+    )
 
   def init_fn(params):
     count = max(estimator.blocks(params).count, 1)
@@ -144,7 +152,7 @@ def bsfa(
       graded = jnp.where(present, variance, 1) ** -jnp.asarray(power, variance.dtype)
       return jnp.where(present, jnp.clip(graded, a, g), g)
 
-    finite = _all_finite(updates)
+    finite = _all_finite(updates, estimator.blocks(updates))
     filtered, fraction = estimator.apply(f, updates, state.estimator_state)
     if preserve_norm:
       filtered = _with_norm_of(updates, filtered, estimator.blocks(updates))
@@ -157,8 +165,8 @@ def bsfa(
     learned = jax.lax.cond(finite, learn, _keep, updates, state.estimator_state, params)
     return filtered, BSFAState(
       bsfa_step=jnp.where(finite, optax.safe_increment(step), step),
-      dominant_fraction=jnp.where(
-        finite, fraction.astype(jnp.float32), state.dominant_fraction
+      dominant_fraction=_stack.keep_replicated(
+        jnp.where(finite, fraction.astype(jnp.float32), state.dominant_fraction)
       ),
       estimator_state=learned,
     )
@@ -175,9 +183,20 @@ def _keep(updates: Any, state: Any, params: Any) -> Any:
   return state
 
 
-def _all_finite(updates: optax.Updates) -> jax.Array:
-  finite = [jnp.isfinite(u).all() for u in jax.tree.leaves(updates)]
-  return jnp.stack(finite).all() if finite else jnp.array(True)
+def _all_finite(updates: optax.Updates, parts: _blocks.Blocks) -> jax.Array:
+  leaves = jax.tree.leaves(updates)
+  if not leaves:
+    return jnp.array(True)
+
+  def usable(u):  # False for NaN, and where sums of squares could overflow
+    largest = jnp.finfo(_stack.accumulator(u.dtype)).max
+    limit = jnp.sqrt(largest / (1024 * max(u.size, 1)))
+    return (jnp.abs(u).astype(largest.dtype) < limit).all()
+
+  finite = jnp.stack([usable(u) for u in leaves]).all()
+  # Shards must agree, as learning from an update takes all of them.
+  axes = _blocks.varying_axes(finite).union(*parts.split)
+  return jax.lax.pmin(finite.astype(jnp.int32), tuple(axes)) > 0 if axes else finite
 
 
 def _with_norm_of(
@@ -189,7 +208,8 @@ def _with_norm_of(
   new = parts.select(filtered)
   norm = _stack.block_squared_norm(parts, new)
   target = _stack.block_squared_norm(parts, parts.select(updates))
-  ratio = jnp.sqrt(target / jnp.where(norm > 0, norm, 1))
+  # 1 where the squares underflow: a tiny update is no zero one.
+  ratio = jnp.where(target > 0, jnp.sqrt(target / jnp.where(norm > 0, norm, 1)), 1)
   scaled = [
     (v.astype(r.dtype) * _stack.expand(r, v, axes)).astype(v.dtype)
     for v, r, axes in zip(new, parts.scatter(ratio), parts.batch_axes, strict=True)

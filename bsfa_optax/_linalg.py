@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ def _one_by_one_on_cpu(decompose: Callable) -> Callable:
   # On CPU a batched LAPACK call waits, on a thread of XLA's pool, for work it hands to
   # the same pool: two such calls at once (two matrix sizes, two simulated devices) can
   # wait for each other for ever. A single matrix is decomposed in place.
-  def batched(x: jax.Array):
+  def batched(x: jax.Array) -> Any:
     return jax.lax.platform_dependent(
       x, cpu=lambda x: jax.lax.map(decompose, x), default=jax.vmap(decompose)
     )

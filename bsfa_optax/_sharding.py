@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, Sharding
+from jax import P
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, Sharding
 import optax
 
 
@@ -29,9 +31,9 @@ def abstract_state(
     >>> import bsfa_optax, jax, jax.numpy as jnp
     >>> mesh = jax.make_mesh((1,), ('fsdp',))
     >>> sharding = jax.NamedSharding(mesh, jax.P('fsdp'))
-    >>> params = {'kernel': jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding)}
+    >>> kernel = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding)
     >>> tx = bsfa_optax.bsfa(estimator=bsfa_optax.pca(rank=2, history=4))
-    >>> target = bsfa_optax.abstract_state(tx, params)
+    >>> target = bsfa_optax.abstract_state(tx, {'kernel': kernel})
     >>> target.estimator_state.basis['kernel'].rows
     ShapeDtypeStruct(shape=(2, 8, 4), dtype=float32, sharding=NamedSharding(...))
   """
@@ -76,7 +78,7 @@ def state_shardings(
     >>> tx = bsfa_optax.bsfa(estimator=bsfa_optax.pca(rank=2, history=4))
     >>> specs = bsfa_optax.state_shardings(tx, params, {'kernel': jax.P('fsdp')})
     >>> specs.estimator_state.basis['kernel'].rows
-    P(None, 'fsdp', None)
+    P(None, 'fsdp')
     >>> mesh = jax.make_mesh((1,), ('fsdp',))
     >>> with jax.set_mesh(mesh):
     ...   state = jax.jit(tx.init, out_shardings=specs)(
@@ -112,13 +114,16 @@ def state_shardings(
   use, no_mesh = jax.sharding.use_abstract_mesh, AbstractMesh((), ())
   with use(no_mesh), use(mesh):  # one of another size can only be set after none
     state = jax.eval_shape(tx.init, jax.tree.unflatten(structure, abstract))
-  specs = jax.tree.map(
-    lambda x: x.sharding.spec if x.sharding else PartitionSpec(), state
-  )
-  if not meshes:
-    return specs
-  (mesh,) = meshes
-  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+  (target,) = meshes or (None,)
+  explicit = target is not None and AxisType.Explicit in target.axis_types
+
+  def sharding_of(x):
+    spec = list(x.sharding.spec) if isinstance(x.sharding, NamedSharding) else []
+    while spec and spec[-1] is None and not explicit:
+      spec.pop()  # so does jit, and another spelling would compile a second time
+    return NamedSharding(target, P(*spec)) if target else P(*spec)
+
+  return jax.tree.map(sharding_of, state)
 
 
 def _leaf_shardings(leaves: list[Any], params: Any, shardings: Any) -> list[Any]:
@@ -135,17 +140,17 @@ def _leaf_shardings(leaves: list[Any], params: Any, shardings: Any) -> list[Any]
 
 
 def _kind(sharding: Any) -> type:
-  kinds = (NamedSharding, PartitionSpec)
+  kinds = (NamedSharding, P)
   return next((k for k in kinds if isinstance(sharding, k)), Sharding)
 
 
-def _spec(sharding: NamedSharding | PartitionSpec | None) -> PartitionSpec:
+def _spec(sharding: NamedSharding | P | None) -> P:
   if isinstance(sharding, NamedSharding):
     return sharding.spec
-  return PartitionSpec() if sharding is None else sharding
+  return P() if sharding is None else sharding
 
 
-def _axis_names(spec: PartitionSpec):
+def _axis_names(spec: P) -> Iterator[str]:
   for entry in spec:
     if isinstance(entry, tuple):
       yield from entry

@@ -83,6 +83,24 @@ def spec_of(x: jax.Array) -> tuple[Any, ...]:
   return spec + (None,) * (x.ndim - len(spec))
 
 
+def keep_replicated(state: Any) -> Any:
+  """`state` with all but its stacks on every device of an auto mesh in context.
+
+  Left to itself the compiler may split a new value otherwise than the old one, and
+  compile the next step anew.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not mesh.are_all_axes_auto:
+    return state
+
+  def constrain(x):
+    if isinstance(x, Stack) or not isinstance(x, jax.core.Tracer):
+      return x
+    return lax.with_sharding_constraint(x, PartitionSpec())
+
+  return jax.tree.map(constrain, state, is_leaf=lambda x: isinstance(x, Stack))
+
+
 def replicate(x: jax.Array) -> jax.Array:
   """`x` on every device of an explicit mesh: small per-block numbers only."""
   sharding = sharding_of(x, (None,) * x.ndim)

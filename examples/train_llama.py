@@ -95,14 +95,29 @@ CONTENDERS = tuple(LEARNING_RATES['small'])
 READ_EVERY = 10  # steps between two looks at the losses: each look waits for the device
 
 
-def hidden_matrices(params: Any) -> Any:
-  """What Muon takes: the layers' matrices, not embedding, head and gains."""
+def in_layer(path: tuple, leaf: jax.Array) -> bool:
+  """Whether Muon and BSFA take the leaf: the layers' matrices, as Muon's authors do."""
+  return path[0].key == 'layers' and leaf.ndim == 2
 
-  def dimensions(path, leaf):
-    hidden = path[0].key == 'layers' and leaf.ndim == 2
-    return optax.contrib.MuonDimensionNumbers() if hidden else None
 
-  return jax.tree.map_with_path(dimensions, params)
+def muon_matrices(params: Any) -> Any:
+  """Tells Muon the matrices to orthogonalise; AdamW takes the rest."""
+  matrix = optax.contrib.MuonDimensionNumbers()
+  return jax.tree.map_with_path(
+    lambda path, leaf: matrix if in_layer(path, leaf) else None, params
+  )
+
+
+def bsfa_blocks(params: Any) -> Any:
+  """Tells BSFA the matrices to filter: their names, None for the rest."""
+  return jax.tree.map_with_path(
+    lambda path, leaf: (
+      jax.tree_util.keystr(path, simple=True, separator='/')
+      if in_layer(path, leaf)
+      else None
+    ),
+    params,
+  )
 
 
 def make_optimizer(
@@ -112,7 +127,13 @@ def make_optimizer(
   if contender == 'adamw':
     optimizer = optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=0.1)
   elif contender == 'bsfa':
-    optimizer = bsfa_optax.bsfa_adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=0.1)
+    optimizer = bsfa_optax.bsfa_adamw(
+      learning_rate,
+      b1=0.9,
+      b2=0.95,
+      weight_decay=0.1,
+      estimator=bsfa_optax.kronecker(blocks=bsfa_blocks),
+    )
   else:
     optimizer = optax.contrib.muon(
       learning_rate,
@@ -120,7 +141,7 @@ def make_optimizer(
       adam_b1=0.9,
       adam_b2=0.95,
       adam_weight_decay=0.1,
-      muon_weight_dimension_numbers=hidden_matrices,
+      muon_weight_dimension_numbers=muon_matrices,
       consistent_rms=0.2,  # the size of AdamW's, so that one learning rate fits both
     )
   return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
@@ -229,7 +250,7 @@ class Trainer:
         'seconds': [],  # (step, seconds of training so far)
         'step_seconds': [],  # means over READ_EVERY steps
         'dominant_fraction': [],  # (step, one value a block)
-        'block_names': bsfa_optax.block_names(params)
+        'block_names': bsfa_optax.block_names(params, bsfa_blocks)
         if run.contender == 'bsfa'
         else [],
         'parameters': parameters,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -43,10 +44,11 @@ class KroneckerState(NamedTuple):
 def kronecker(
   *,
   decay: float = 0.9,
-  refresh_every: int = 10,
+  refresh_every: int = 2,
   max_size: int = 2048,
-  max_ratio: float = 8.0,
+  max_ratio: float = 4.0,
   storage_dtype: Any = jnp.float32,
+  blocks: _blocks.BlockLabels = None,
   batch_axes: _blocks.BatchAxes = None,
 ) -> Estimator:
   r"""Principal components with a Kronecker-factored covariance of the updates.
@@ -64,6 +66,12 @@ def kronecker(
   decayed eigenvalues, and rotates the basis by the eigenvectors of the sum. The
   memory for an (m, n) matrix is ``m * m + n * n`` entries.
 
+  On a mesh the eigenvectors are replicated. A rotation along an unsharded axis is
+  local, and a refresh sums a second moment, of ``n * n`` entries, over the devices. A
+  rotation along a sharded axis all-gathers the update along it: twice a step, there and
+  back, and three times more at a refresh. `pca` never communicates more than small
+  matrices.
+
   Args:
     decay: weight of the past at a refresh, in [0, 1).
     refresh_every: updates between two refreshes, each of which uses one update.
@@ -72,6 +80,8 @@ def kronecker(
     max_ratio: nor have axes with more than this many times the entries of all other
       axes together: the factor would cost far more than the update.
     storage_dtype: dtype of the stored eigenvectors.
+    blocks: labels of the leaves to filter, None for those to leave alone; see
+      `bsfa_optax.pca`. Here every leaf is a block of its own.
     batch_axes: axes that index blocks within a leaf; see `bsfa_optax.pca`.
 
   Returns:
@@ -79,7 +89,8 @@ def kronecker(
     updates.
 
   Raises:
-    ValueError: for an option out of range, with its name, value and remedy.
+    ValueError: for an option out of range, with its name, value and remedy, and at
+      ``init`` if one label stands for several leaves.
 
   Examples:
     >>> import bsfa_optax, jax, jax.numpy as jnp
@@ -99,9 +110,18 @@ def kronecker(
   _check.positive_int('refresh_every', refresh_every)
   _check.positive_int('max_size', max_size)
   _check.positive('max_ratio', max_ratio)
+  _check.floating('storage_dtype', storage_dtype)
 
   def partition(params):
-    return _blocks.resolve(params, None, batch_axes)
+    parts = _blocks.resolve(params, blocks, batch_axes)
+    for block in parts.blocks:
+      if len(block.leaves) > 1:
+        raise ValueError(
+          'blocks must label every leaf differently for kronecker, got'
+          f' {block.label!r} for {len(block.leaves)} leaves; use pca for blocks of'
+          ' several leaves.'
+        )
+    return parts
 
   def factored_axes(shape, batch):
     size = 1
@@ -154,9 +174,8 @@ def kronecker(
       norm = jnp.where(norm > 0, norm, 1)
       for axis, basis, spectrum in zip(axes, *factor, strict=True):
         moment = (_stack.second_moment(rotated, axis, batch) / norm).astype(jnp.float32)
-        past = spectrum[..., None] * jnp.eye(spectrum.shape[-1]).reshape(
-          (1,) * len(batch) + moment.shape[-2:]
-        )
+        eye = jnp.eye(spectrum.shape[-1], dtype=spectrum.dtype)
+        past = spectrum[..., None] * eye.reshape((1,) * len(batch) + eye.shape)
         bases[i, axis] = basis
         moments[i, axis] = decay * past + (1 - decay) * moment
     # All decompositions of one size are one batch.
@@ -170,10 +189,7 @@ def kronecker(
         shape = moments[key].shape
         stop = start + moments[key].size // n**2
         turn = jnp.matrix_transpose(vectors[start:stop]).reshape(shape)
-        basis = bases[key]
-        bases[key] = jnp.matmul(
-          basis.astype(turn.dtype), turn, precision=jax.lax.Precision.HIGHEST
-        ).astype(basis.dtype)
+        bases[key] = _rotated(bases[key], turn)
         spectra[key] = jnp.maximum(values[start:stop], 0).reshape(shape[:-1])
         start = stop
     new, explained = [], []
@@ -200,7 +216,7 @@ def kronecker(
     if not partition(updates).count:
       return state
     due = state.kronecker_step % refresh_every == 0
-    return jax.lax.cond(due, refresh, _keep, updates, state)
+    return _stack.keep_replicated(jax.lax.cond(due, refresh, _keep, updates, state))
 
   def apply(f, updates, state):
     parts = partition(updates)
@@ -211,12 +227,16 @@ def kronecker(
     for v, factor, axes, batch in leaves_of(parts, updates, state):
       rotated = _stack.rotate(v, factor.basis, axes, batch)
       variance = relative_variance(factor, v.ndim, axes, batch)
-      dominant = active & (variance > 1)
+      rest = tuple(axis for axis in range(v.ndim) if axis not in batch)
+      # A leaf without a factored axis has no directions: it is left alone.
+      learned = active & bool(axes) & (variance > 0).any(rest, keepdims=True)
+      dominant = learned & (variance > 1)
       # Written as a change of what f makes of the mean variance, so that f = 1 gives
       # back the update to the last bit.
-      one, no = jnp.ones((1,) * v.ndim), jnp.zeros((1,) * v.ndim, bool)
-      base = jnp.where(active, f(one, no), 1)
-      excess = jnp.where(active, f(variance, dominant) - base, 0)
+      single = (1,) * v.ndim
+      one, no = jnp.ones(single, variance.dtype), jnp.zeros(single, bool)
+      base = jnp.where(learned, f(one, no), 1)
+      excess = jnp.where(learned, f(variance, dominant) - base, 0)
       change = excess.astype(rotated.dtype) * rotated
       change = _stack.rotate(change, factor.basis, axes, batch, inverse=True)
       out = base.astype(change.dtype) * v.astype(change.dtype) + change
@@ -233,12 +253,20 @@ def relative_variance(
   factor: Factors, ndim: int, axes: tuple[int, ...], batch_axes: tuple[int, ...]
 ) -> jax.Array:
   """Variance of each coefficient over the mean one, to broadcast to the leaf."""
-  variance = jnp.ones((1,) * ndim)
+  variance = jnp.ones((1,) * ndim, jnp.float32)
   for axis, spectrum in zip(axes, factor.spectrum, strict=True):
     mean = spectrum.mean(-1, keepdims=True)
     relative = spectrum / jnp.where(mean > 0, mean, 1)
     variance = variance * _stack.along_axis(relative, axis, batch_axes, ndim)
   return variance
+
+
+def _rotated(basis: jax.Array, turn: jax.Array) -> jax.Array:
+  """`basis @ turn`, kept orthonormal by a Newton-Schulz step: rounding would add up."""
+  dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  new = dot(basis.astype(turn.dtype), turn)
+  new = 1.5 * new - 0.5 * dot(new, dot(jnp.matrix_transpose(new), new))
+  return new.astype(basis.dtype)
 
 
 def _is_factors(x: Any) -> bool:

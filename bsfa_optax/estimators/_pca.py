@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 import math
 from typing import Any, Literal, NamedTuple
@@ -49,6 +50,7 @@ def pca(
   storage_dtype: Any = None,
   blocks: _blocks.BlockLabels = None,
   batch_axes: _blocks.BatchAxes = None,
+  axis_name: str | Sequence[str] | None = None,
 ) -> Estimator:
   r"""Principal component analysis of past updates, block by block.
 
@@ -92,6 +94,10 @@ def pca(
     batch_axes: axes that index blocks within a leaf: a tree like the parameters (or
       a prefix of it) with leaves None, int or tuple of ints, or a function from
       parameters to such a tree. A leaf (L, m, n) with batch axis 0 is L blocks.
+    axis_name: mesh axes of ``jax.shard_map`` that split the parameters (never their
+      batch axes). What is summed over a block is then summed over these too. A leaf
+      that does not vary over an axis is not split by it; with ``check_vma=False`` every
+      leaf is taken to be split. Not for jit, which needs no help.
 
   Returns:
     An `Estimator`. It is the identity until ``max(history, rank)`` samples are in
@@ -110,7 +116,8 @@ def pca(
     (1,)
 
   References:
-    BSFA, arXiv `2510.25244 <https://arxiv.org/abs/2510.25244>`_, 2025
+    Zhou, Wang, Chen, Cheng, `BSFA: Leveraging the Subspace Dichotomy to Accelerate
+    Neural Network Training <https://arxiv.org/abs/2510.25244>`_, 2025
 
     Halko, Martinsson, Tropp, `Finding Structure with Randomness: Probabilistic
     Algorithms for Constructing Approximate Matrix Decompositions
@@ -123,6 +130,7 @@ def pca(
   if refresh_every is None:
     refresh_every = history * sample_every
   _check.positive_int('refresh_every', refresh_every)
+  _check.floating('storage_dtype', storage_dtype)
   if decay == 0 and rank > history:
     raise ValueError(
       f'rank must not exceed history when decay is 0, got rank={rank} and'
@@ -146,14 +154,13 @@ def pca(
   if solver == 'auto':
     solver = _svd.cheaper_solver(rank, rows)
   samples_needed = max(history, rank)  # rank <= history in a plain window
-  first_refresh = refresh_every * math.ceil(
-    samples_needed * sample_every / refresh_every
-  )
+  updates_needed = (samples_needed - 1) * sample_every + 1
+  first_refresh = refresh_every * math.ceil(updates_needed / refresh_every)
   # In a full decayed buffer, position i holds the sample of age history - 1 - i.
   weights = [decay ** (history - 1 - i) if decay > 0 else 1.0 for i in range(history)]
 
   def partition(params):
-    return _blocks.resolve(params, blocks, batch_axes)
+    return _blocks.resolve(params, blocks, batch_axes, axis_name)
 
   def init(params):
     parts = partition(params)
@@ -249,8 +256,9 @@ def pca(
     step = state.pca_step + 1
     state = state._replace(pca_step=step, history=_like(state.history, list(written)))
     ready = step >= (first_refresh if decay == 0 else refresh_every)
-    return jax.lax.cond(
-      ready & (step % refresh_every == 0), refresh, _keep, updates, state
+    complete = ready & (step % refresh_every == 0)
+    return _stack.keep_replicated(
+      jax.lax.cond(complete, refresh, _keep, updates, state)
     )
 
   def apply(f, updates, state):

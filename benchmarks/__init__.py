@@ -1,0 +1,1 @@
+"""Sweeps of optimizers; see `python -m benchmarks --help`."""

@@ -1,0 +1,125 @@
+"""Trains one model sharded over several processes, with checkpoints.
+
+Start one process for each host; on a cluster that JAX knows (Slurm, Cloud TPU, ...) no
+option is needed:
+
+  python multi_process.py --directory=/shared/run
+
+On one machine, two processes of two simulated devices each:
+
+  python multi_process.py --directory=/tmp/run --simulate=2 --processes=2 --id=0 &
+  python multi_process.py --directory=/tmp/run --simulate=2 --processes=2 --id=1
+
+A run that was stopped goes on from its last checkpoint when it is started again, with
+any number of processes.
+"""
+
+import argparse
+import functools
+
+import jax
+from jax import P
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+
+import bsfa_optax
+
+WIDTH, BATCH = 16, 32
+
+
+def make_tx():
+  estimator = bsfa_optax.pca(rank=2, history=3)
+  return bsfa_optax.bsfa_adamw(1e-2, estimator=estimator)
+
+
+def init_params():
+  keys = jax.random.split(jax.random.key(0), 2)
+  kernel = lambda key: jax.random.normal(key, (WIDTH, WIDTH)) / WIDTH**0.5
+  return {'in': kernel(keys[0]), 'out': kernel(keys[1])}
+
+
+def make_batch(step):
+  """The same batch on all processes; a data loader gives each its own part."""
+  inputs = jax.random.normal(
+    jax.random.fold_in(jax.random.key(1), step), (BATCH, WIDTH)
+  )
+  return inputs, jnp.sin(3 * inputs)
+
+
+def loss_fn(params, inputs, targets):
+  outputs = jnp.tanh(inputs @ params['in']) @ params['out']
+  return jnp.mean((outputs - targets) ** 2)
+
+
+def train(directory, steps, save_every):
+  mesh = jax.make_mesh(
+    (jax.device_count(),), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  tx = make_tx()
+  shapes = jax.eval_shape(init_params)
+  shardings = jax.tree.map(lambda _: jax.NamedSharding(mesh, P('fsdp')), shapes)
+  shardings = shardings, bsfa_optax.state_shardings(tx, shapes, shardings)
+  rows = jax.NamedSharding(mesh, P('fsdp'))
+
+  @functools.partial(
+    jax.jit,
+    donate_argnums=(0, 1),
+    out_shardings=(*shardings, jax.NamedSharding(mesh, P())),
+  )
+  def step_fn(params, state, step):
+    batch = jax.lax.with_sharding_constraint(make_batch(step), rows)
+    loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, loss
+
+  def init():
+    params = init_params()
+    return params, tx.init(params)
+
+  options = ocp.CheckpointManagerOptions(save_interval_steps=save_every, max_to_keep=2)
+  with ocp.CheckpointManager(directory, options=options) as manager:
+    first = manager.latest_step()
+    if first is None:
+      first = 0
+      params, state = jax.jit(init, out_shardings=shardings)()
+    else:
+      target = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(init),
+        shardings,
+      )
+      params, state = manager.restore(first, args=ocp.args.StandardRestore(target))
+    for step in range(first, steps):
+      params, state, loss = step_fn(params, state, step)
+      print(f'step {step} loss {float(loss):.6f}', flush=True)
+      manager.save(step + 1, args=ocp.args.StandardSave((params, state)))
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--directory', required=True, help='for the checkpoints')
+  parser.add_argument('--steps', type=int, default=20)
+  parser.add_argument('--save_every', type=int, default=5)
+  parser.add_argument('--simulate', type=int, help='CPU devices for each process')
+  parser.add_argument('--processes', type=int, help='if JAX cannot tell')
+  parser.add_argument(
+    '--id', type=int, help="this process's number, if JAX cannot tell"
+  )
+  parser.add_argument('--coordinator', default='localhost:12321', help='of process 0')
+  args = parser.parse_args()
+
+  if args.simulate:
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', args.simulate)
+  if args.processes is None:
+    jax.distributed.initialize()
+  elif args.processes > 1:
+    jax.distributed.initialize(args.coordinator, args.processes, args.id)
+  train(args.directory, args.steps, args.save_every)
+
+
+if __name__ == '__main__':
+  main()

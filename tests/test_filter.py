@@ -1,0 +1,549 @@
+"""What the filter promises whatever the estimator: identities, state, composition."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax._src import test_utils
+import pytest
+
+import bsfa_optax
+from bsfa_optax import bsfa, BSFAState, Estimator, kronecker, pca
+
+# Compiling is most of the time, and the little there is to run needs no tuning.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+SHAPES = {'bias': (5,), 'conv': (2, 3, 4), 'kernel': (6, 5)}
+BLOCKS = ['conv', 'kernel']
+ESTIMATORS = {
+  'gram': pca(3, 4, solver='gram'),
+  'randomized': pca(3, 4, solver='randomized'),
+  'kronecker': kronecker(refresh_every=4),
+}
+STEPS = 9  # two refreshes and one update more
+ROUNDING = 2e-5  # of float32 sums of this size, relative to the update
+
+every_estimator = pytest.mark.parametrize('name', ESTIMATORS)
+
+
+@functools.cache
+def make_updates(steps=STEPS, dtype='float32', seed=0):
+  """Updates with three strong directions in each leaf: a gap behind the rank."""
+  rng = np.random.default_rng(seed)
+
+  def leaf(shape):
+    directions = rng.normal(size=(3, *shape))
+    weights = rng.normal(size=(steps, 3)) * [5.0, 4.0, 3.0]
+    return np.tensordot(weights, directions, 1) + rng.normal(size=(steps, *shape))
+
+  rows = {name: leaf(shape) for name, shape in SHAPES.items()}
+  return [
+    {name: jnp.asarray(row[i], dtype) for name, row in rows.items()}
+    for i in range(steps)
+  ]
+
+
+@functools.cache
+def update_fn(name):
+  """One compilation of a graded filter for all tests that need a step."""
+  return jit(bsfa(0.1, 4.0, exponent=0.5, estimator=ESTIMATORS[name]).update)
+
+
+def train(update, state, updates):
+  filtered = []
+  for u in updates:
+    out, state = update(u, state)
+    filtered.append(out)
+  return filtered, state
+
+
+@functools.cache
+def warm_state(name, dtype='float32'):
+  updates = make_updates(dtype=dtype)
+  state = bsfa(estimator=ESTIMATORS[name]).init(updates[0])
+  return train(update_fn(name), state, updates)[1]
+
+
+@functools.cache
+def apply_fn(name):
+  """`apply` with one number for the dominant directions and one for the rest."""
+
+  def run(on_dominant, on_rest, updates, state):
+    def f(variance, dominant):
+      on = [jnp.asarray(x, variance.dtype) for x in (on_dominant, on_rest)]
+      return jnp.where(dominant, *on)
+
+    return ESTIMATORS[name].apply(f, updates, state.estimator_state)
+
+  return jit(run)
+
+
+def add(a, b):
+  return jax.tree.map(jnp.add, a, b)
+
+
+def scale(c, tree):
+  return jax.tree.map(lambda x: x * jnp.asarray(c, x.dtype), tree)
+
+
+def norms(tree):
+  return np.array([np.linalg.norm(tree[name]) for name in BLOCKS])
+
+
+def assert_close(actual, desired, tol=ROUNDING):
+  """Leaf by leaf, relative to the norm of the leaf."""
+
+  def close(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert np.linalg.norm(a - b) <= tol * np.linalg.norm(b)
+
+  chex.assert_trees_all_equal_shapes_and_dtypes(actual, desired)
+  jax.tree.map(close, actual, desired)
+
+
+# Identities of the projector P and of f(C).
+
+
+@every_estimator
+def test_projector_is_idempotent_and_symmetric(name):
+  project = functools.partial(apply_fn(name), 1.0, 0.0)
+  state = warm_state(name)
+  v, w = make_updates(2, seed=1)
+  (pv, fraction), (pw, _) = project(v, state), project(w, state)
+  assert_close(
+    {k: project(pv, state)[0][k] for k in BLOCKS}, {k: pv[k] for k in BLOCKS}
+  )
+  for k in BLOCKS:
+    left, right = np.vdot(pv[k], w[k]), np.vdot(v[k], pw[k])
+    assert abs(left - right) <= ROUNDING * np.linalg.norm(v[k]) * np.linalg.norm(w[k])
+  assert 0.05 < fraction.min() < fraction.max() < 1  # a projector on something
+  np.testing.assert_allclose(fraction, norms(pv) / norms(v), rtol=ROUNDING)
+  chex.assert_trees_all_equal(pv['bias'], v['bias'])  # in no block
+
+
+@every_estimator
+def test_linearity(name):
+  run = functools.partial(apply_fn(name), 0.3, 2.0)
+  state = warm_state(name)
+  v, w = make_updates(2, seed=2)
+  actual = run(add(scale(0.7, v), scale(-1.9, w)), state)[0]
+  desired = add(scale(0.7, run(v, state)[0]), scale(-1.9, run(w, state)[0]))
+  assert_close(actual, desired)
+
+
+@every_estimator
+def test_dominant_and_bulk_part_add_up(name):
+  state = warm_state(name)
+  (v,) = make_updates(1, seed=3)
+  dominant, bulk = (apply_fn(name)(*f, v, state)[0] for f in ((1.0, 0.0), (0.0, 1.0)))
+  total = add(dominant, bulk) | {'bias': v['bias']}
+  assert_close(total, v)
+  for k in BLOCKS:  # and are orthogonal
+    size = np.linalg.norm(v[k]) ** 2
+    assert abs(np.vdot(dominant[k], bulk[k])) <= ROUNDING * size
+  filtered = apply_fn(name)(0.3, 2.0, v, state)[0]
+  parts = add(scale(0.3, dominant), scale(2.0, bulk)) | {'bias': v['bias']}
+  assert_close(filtered, parts)
+
+
+@every_estimator
+def test_equal_alpha_and_gamma_scale(name):
+  (v,) = make_updates(1, seed=4)
+  scaled = apply_fn(name)(1.7, 1.7, v, warm_state(name))[0]
+  chex.assert_trees_all_equal(scaled, scale(1.7, v) | {'bias': v['bias']})
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float64'])
+@every_estimator
+def test_ones_are_the_identity_to_the_last_bit(name, dtype):
+  kinds = [(exponent, norm) for exponent in (None, 0.5) for norm in (False, True)]
+
+  def run(updates, state):
+    txs = [
+      bsfa(1.0, 1.0, exponent=p, preserve_norm=n, estimator=ESTIMATORS[name])
+      for p, n in kinds
+    ]
+    return [tx.update(updates, state)[0] for tx in txs]
+
+  with jax.enable_x64(dtype == 'float64'):
+    (v,) = make_updates(1, dtype, seed=5)
+    state = warm_state(name, dtype)
+    changed = update_fn(name)(v, state)[0]
+    assert all((changed[k] != v[k]).mean() > 0.9 for k in BLOCKS)
+    for u in (v, scale(2.0**-90, v)):  # of the second the squares underflow
+      for same in jit(run)(u, state):
+        chex.assert_trees_all_equal_shapes_and_dtypes(same, v)
+        chex.assert_trees_all_equal(same, u)
+
+
+@every_estimator
+def test_preserve_norm_keeps_the_norm_of_each_block(name):
+  def run(updates, state):
+    plain, keep = (
+      bsfa(0.3, 2.0, preserve_norm=norm, estimator=ESTIMATORS[name])
+      for norm in (False, True)
+    )
+    return plain.update(updates, state)[0], keep.update(updates, state)[0]
+
+  (v,) = make_updates(1, seed=6)
+  plain, kept = jit(run)(v, warm_state(name))
+  assert np.all(np.abs(norms(plain) / norms(v) - 1) > 0.01)
+  np.testing.assert_allclose(norms(kept), norms(v), rtol=ROUNDING)
+  ratio = norms(kept) / norms(plain)
+  desired = {k: r * plain[k] for k, r in zip(BLOCKS, ratio, strict=True)}
+  assert_close({k: kept[k] for k in BLOCKS}, scale(1, desired))
+
+
+def test_steep_graded_filter_is_the_two_level_one():
+  def run(updates, state):
+    steep, two_level = (
+      bsfa(0.3, 2.0, exponent=p, estimator=ESTIMATORS['kronecker']) for p in (1e5, None)
+    )
+    return steep.update(updates, state)[0], two_level.update(updates, state)[0]
+
+  (v,) = make_updates(1, seed=7)
+  steep, two_level = jit(run)(v, warm_state('kronecker'))
+  assert_close(steep, two_level)
+
+
+@every_estimator
+def test_scale_of_updates_does_not_matter(name):
+  updates = make_updates()
+  desired = train(
+    update_fn(name), bsfa(estimator=ESTIMATORS[name]).init(updates[0]), updates
+  )
+  for power in (-40, 40):
+    state = bsfa(estimator=ESTIMATORS[name]).init(updates[0])
+    actual = train(update_fn(name), state, [scale(2.0**power, u) for u in updates])
+    assert_close([scale(2.0**-power, u) for u in actual[0]], desired[0], 1e-4)
+
+
+@every_estimator
+def test_zero_history_is_the_identity(name):
+  v, *updates = make_updates()
+  state = bsfa(estimator=ESTIMATORS[name]).init(v)
+  state = train(update_fn(name), state, [scale(0, u) for u in updates])[1]
+  filtered, state = update_fn(name)(v, state)
+  chex.assert_trees_all_equal(filtered, v)
+  chex.assert_tree_all_finite(state)
+  assert not state.dominant_fraction.any()
+
+
+# alpha and gamma.
+
+
+def mirror(seen=None):
+  """An estimator that takes the whole update as dominant, and notes what it sees."""
+
+  def update(updates, state, params=None, **extra_args):
+    if seen is not None:
+      seen.append((updates, params, extra_args))
+    return state + 1
+
+  def apply(f, updates, state):
+    multiplier = f(jnp.ones(()), jnp.ones((), bool))
+    return jax.tree.map(lambda u: multiplier * u, updates), jnp.ones((1,))
+
+  blocks = kronecker().blocks
+  return Estimator(lambda params: jnp.zeros((), jnp.int32), update, apply, blocks)
+
+
+def forms_of(alpha, gamma, exponent):
+  """The same filter with its numbers given in every way."""
+  make = functools.partial(bsfa, estimator=ESTIMATORS['gram'])
+  constant = optax.constant_schedule
+  return {
+    'float': make(alpha, gamma, exponent=exponent),
+    'numpy': make(np.float32(alpha), np.array(gamma), exponent=np.float64(exponent)),
+    'array': make(*map(jnp.asarray, (alpha, gamma)), exponent=jnp.asarray(exponent)),
+    'schedule': make(
+      constant(alpha),
+      lambda step: gamma + 0.0 * step.astype(float),
+      exponent=constant(exponent),
+    ),
+    'inject': optax.inject_hyperparams(make)(alpha, gamma, exponent=exponent),
+    'inject_schedule': optax.inject_hyperparams(make)(
+      constant(alpha), gamma, exponent=constant(exponent)
+    ),
+  }
+
+
+NUMBERS = (0.2, 3.0, 0.4)
+
+
+@functools.cache
+def run_with_floats():
+  tx, updates = forms_of(*NUMBERS)['float'], make_updates()
+  return train(jit(tx.update), tx.init(updates[0]), updates)
+
+
+@pytest.mark.parametrize('form', [*forms_of(1, 1, 1), 'jit_argument'][1:])
+def test_every_form_of_alpha_and_gamma_gives_the_same_run(form):
+  updates = make_updates()
+  if form == 'jit_argument':
+
+    def step(numbers, u, state):
+      alpha, gamma, exponent = numbers
+      tx = bsfa(alpha, gamma, exponent=exponent, estimator=ESTIMATORS['gram'])
+      return tx.update(u, state)
+
+    update = functools.partial(jit(step), NUMBERS)
+    init = forms_of(*NUMBERS)['float'].init
+  else:
+    tx = forms_of(*NUMBERS)[form]
+    update, init = jit(tx.update), tx.init
+  actual, state = train(update, init(updates[0]), updates)
+  desired, desired_state = run_with_floats()
+  assert_close(actual, desired)
+  for field in ('variance', 'dominant_fraction'):
+    assert_close(*(optax.tree.get(s, field) for s in (state, desired_state)))
+
+
+def test_schedules_are_evaluated_at_the_finite_updates_before():
+  tx = bsfa(
+    lambda step: 1.0 + step.astype(float), 99.0, exponent=None, estimator=mirror()
+  )
+  good, bad = jnp.ones((2, 2)), jnp.full((2, 2), jnp.nan)
+  filtered, state = train(jit(tx.update), tx.init(good), [good, good, bad, good])
+  assert [float(u[0, 0]) for u in filtered if jnp.isfinite(u).all()] == [1, 2, 3]
+  assert state.bsfa_step == state.estimator_state == 3
+
+
+def test_graded_filter_clips_the_power_of_the_variance():
+  variance = jnp.array([[0.0, 1e-6, 0.25], [1.0, 4.0, 1e6]])
+  probe = mirror()._replace(
+    apply=lambda f, updates, state: (f(variance, variance > 1), jnp.ones((1,)))
+  )
+  run = lambda exponent: bsfa(0.1, 3.0, exponent=exponent, estimator=probe).update(
+    variance, BSFAState(jnp.zeros((), jnp.int32), jnp.ones((1,)), jnp.zeros((), int))
+  )[0]
+  np.testing.assert_allclose(run(0.5), [[3, 3, 2], [1, 0.5, 0.1]], rtol=1e-6)
+  np.testing.assert_allclose(run(0.0), [[3, 1, 1], [1, 1, 1]], rtol=1e-6)
+  np.testing.assert_allclose(run(None), [[3, 3, 3], [3, 0.1, 0.1]], rtol=1e-6)
+
+
+def test_estimator_sees_updates_params_and_extra_arguments():
+  seen = []
+  tx = optax.chain(optax.scale(2.0), bsfa(estimator=mirror(seen)))
+  v = jnp.ones((2, 2))
+  tx.update(v, tx.init(v), jnp.ones((3, 3)), value=4.0)
+  # Called once, to trace the branch, so that shapes must tell which is which.
+  ((updates, params, extra_args),) = seen
+  assert (updates.shape, params.shape) == ((2, 2), (3, 3))
+  assert extra_args == {'value': 4.0}
+
+
+# The state.
+
+
+@pytest.mark.parametrize('leaf', SHAPES)
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf, 1e30], ids=str)
+@every_estimator
+def test_non_finite_update_passes_and_leaves_no_trace(name, value, leaf):
+  (v,) = make_updates(1, seed=8)
+  bad = v | {leaf: v[leaf].at[(0,) * v[leaf].ndim].set(value)}
+  state = warm_state(name)  # three updates before the next refresh
+  filtered, after = update_fn(name)(bad, state)
+  chex.assert_trees_all_equal(filtered, bad)
+  chex.assert_trees_all_equal(after, state)
+  assert any((update_fn(name)(v, after)[0][k] != v[k]).any() for k in BLOCKS)
+
+
+@every_estimator
+def test_types_of_state_are_those_of_init(name):
+  tx = bsfa(estimator=ESTIMATORS[name])
+  (v,) = make_updates(1)
+  state = tx.init(v)
+  types = jax.tree.map(jax.typeof, state)
+  assert not any(t.weak_type for t in jax.tree.leaves(types))
+  assert jax.tree.map(jax.typeof, warm_state(name)) == types
+
+  def body(state, due):  # both raise where types differ
+    skip = lambda u, s: (u, s)
+    return jax.lax.cond(due, tx.update, skip, v, state)[::-1]
+
+  final, _ = jax.eval_shape(lambda s: jax.lax.scan(body, s, jnp.ones(3, bool)), state)
+  chex.assert_trees_all_equal_shapes_and_dtypes(final, state)
+
+
+def test_scan_is_the_loop():
+  updates, tx = (
+    make_updates(),
+    bsfa(0.1, 4.0, exponent=0.5, estimator=ESTIMATORS['kronecker']),
+  )
+  state = tx.init(updates[0])
+  stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *updates)
+  scan = jit(lambda s, us: jax.lax.scan(lambda s, u: tx.update(u, s)[::-1], s, us))
+  final, filtered = scan(state, stacked)
+  desired, desired_state = train(update_fn('kronecker'), state, updates)
+  assert_close(filtered, jax.tree.map(lambda *rows: jnp.stack(rows), *desired))
+  assert_close(final.dominant_fraction, desired_state.dominant_fraction)
+
+
+@pytest.mark.parametrize('eager', [False, True], ids=['jitted', 'eager'])
+@every_estimator
+def test_later_calls_compile_nothing(name, eager):
+  tx = bsfa(lambda step: 1.0 / (1 + step.astype(float)), estimator=ESTIMATORS[name])
+  tx = optax.chain(optax.scale(-1.0), tx)
+  updates = make_updates()
+  update = tx.update if eager else jit(tx.update)
+  before = 5 if eager else 1  # up to the first step behind a refresh
+  state = train(update, tx.init(updates[0]), updates[:before])[1]
+  with test_utils.log_compilations() as compilations:
+    train(update, state, updates[before:])
+  assert not [log.getMessage() for log in compilations]
+
+
+@every_estimator
+def test_every_field_is_found_beside_adamw(name):
+  fields = {'bsfa_step', 'dominant_fraction', 'explained_variance'}
+  fields |= {'kronecker_step', 'factors'} if name == 'kronecker' else set()
+  fields |= (
+    set()
+    if name == 'kronecker'
+    else {'pca_step', 'basis', 'history', 'variance', 'total_variance'}
+  )
+  tx = optax.chain(
+    optax.adamw(optax.linear_schedule(1e-3, 0.0, 10)),
+    bsfa(estimator=ESTIMATORS[name]),
+  )
+  state = tx.init(make_updates()[0])
+  assert fields == {*BSFAState._fields, *state[1].estimator_state._fields} - {
+    'estimator_state'
+  }
+  for field in fields:  # raises where there are two
+    assert jax.tree.leaves(optax.tree.get(state, field))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@every_estimator
+def test_state_bytes_are_those_of_the_arrays(name, dtype):
+  tx = optax.chain(bsfa(estimator=ESTIMATORS[name]), optax.adamw(1e-3))
+  params = make_updates(1, dtype)[0]
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  nbytes = sum(x.nbytes for x in jax.tree.leaves(tx.init(params)))
+  assert bsfa_optax.state_bytes(tx, abstract) == nbytes
+  assert nbytes > sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+# Beside and inside Optax's other transformations.
+
+
+@every_estimator
+def test_donated_buffers(name):
+  tx = optax.chain(optax.adamw(1e-3), bsfa(estimator=ESTIMATORS[name]))
+
+  @functools.partial(jit, donate_argnums=(0, 1))
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  grads = make_updates()[0]
+  params = scale(1, grads)
+  state = tx.init(params)
+  pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, state))]
+  assert len(set(pointers)) == len(pointers)
+  for _ in range(2):
+    old, (params, state) = (params, state), step(params, state, grads)
+    assert all(x.is_deleted() for x in jax.tree.leaves(old))
+  chex.assert_tree_all_finite((params, state))
+
+
+@pytest.mark.usefixtures('standard_promotion')  # for MultiSteps
+def test_multi_steps_learns_once_an_emitted_step():
+  tx = bsfa(0.1, 4.0, exponent=0.5, estimator=ESTIMATORS['gram'])
+  multi = optax.MultiSteps(tx, every_k_schedule=2)
+  updates = make_updates(8)
+  filtered, state = train(jit(multi.update), multi.init(updates[0]), updates)
+  means = [scale(0.5, add(*updates[i : i + 2])) for i in range(0, 8, 2)]
+  desired, desired_state = train(update_fn('gram'), tx.init(updates[0]), means)
+  assert optax.tree.get(state, 'pca_step') == optax.tree.get(state, 'bsfa_step') == 4
+  assert_close(filtered[1::2], desired)
+  assert_close(
+    state.inner_opt_state.estimator_state.history['kernel'].rows,
+    desired_state.estimator_state.history['kernel'].rows,
+  )
+  assert not any(x.any() for u in filtered[::2] for x in jax.tree.leaves(u))
+
+
+@every_estimator
+def test_leaves_left_out_pass_unchanged(name):
+  tx = bsfa(estimator=ESTIMATORS[name])
+  updates = make_updates()
+  only = [{'kernel': u['kernel']} for u in updates]
+  with_none = [{'conv': None, 'kernel': u['kernel'], 'x': {}} for u in updates]
+  labels = {k: 'bsfa' if k == 'kernel' else 'rest' for k in SHAPES}
+  mask = {k: k == 'kernel' for k in SHAPES}
+  wrapped = {
+    'masked': (optax.masked(tx, mask), updates),
+    'partition': (
+      optax.partition({'bsfa': tx, 'rest': optax.identity()}, labels),
+      updates,
+    ),
+    'none': (tx, with_none),
+  }
+  runs = {'alone': (tx, only)} | wrapped
+  # One compilation for all runs.
+  txs, trees = ({k: run[i] for k, run in runs.items()} for i in (0, 1))
+
+  @jit
+  def step(updates, states):
+    out = {k: txs[k].update(updates[k], states[k]) for k in txs}
+    return {k: x[0] for k, x in out.items()}, {k: x[1] for k, x in out.items()}
+
+  steps = [{k: trees[k][i] for k in txs} for i in range(STEPS)]
+  filtered, _ = train(step, {k: txs[k].init(trees[k][0]) for k in txs}, steps)
+  for i, out in enumerate(filtered):
+    for k in wrapped:
+      assert_close(out[k]['kernel'], out['alone']['kernel'])
+      assert jax.tree.structure(out[k]) == jax.tree.structure(trees[k][i])
+    for k in ('masked', 'partition'):
+      for leaf in ('bias', 'conv'):
+        chex.assert_trees_all_equal(out[k][leaf], updates[i][leaf])
+  assert (filtered[-1]['alone']['kernel'] != only[-1]['kernel']).all()
+
+
+@pytest.mark.parametrize(
+  'params', [{}, None, (), {'a': jnp.ones(3), 'b': jnp.ones(())}], ids=str
+)
+@every_estimator
+def test_trees_without_a_block(name, params):
+  tx = bsfa(estimator=ESTIMATORS[name])
+  filtered, state = train(jit(tx.update), tx.init(params), [params] * 5)
+  for out in filtered:
+    chex.assert_trees_all_equal(out, params)
+  assert state.dominant_fraction.shape == (1,)  # Orbax saves no empty arrays
+  assert state.bsfa_step == 5
+  assert bsfa_optax.block_names(params) == []
+
+
+def test_apply_if_finite_around_the_filter():
+  tx = optax.apply_if_finite(
+    bsfa(0.1, 4.0, exponent=0.5, estimator=ESTIMATORS['gram']), 3
+  )
+  updates = make_updates()
+  bad = scale(np.nan, updates[0])
+  update = jit(tx.update)
+  filtered, state = train(
+    update, tx.init(updates[0]), [*updates[:6], bad, *updates[6:]]
+  )
+  desired, desired_state = train(
+    update_fn('gram'), bsfa(estimator=ESTIMATORS['gram']).init(updates[0]), updates
+  )
+  assert not any(x.any() for x in jax.tree.leaves(filtered.pop(6)))
+  assert state.total_notfinite == 1
+  assert_close(filtered, desired)
+  assert optax.tree.get(state, 'bsfa_step') == desired_state.bsfa_step == STEPS
+
+
+def test_dominant_fraction_is_that_of_the_update():
+  (v,) = make_updates(1, seed=9)
+  state = warm_state('gram')
+  pv, _ = apply_fn('gram')(1.0, 0.0, v, state)
+  _, state = update_fn('gram')(v, state)
+  found = optax.tree.get(state, 'dominant_fraction')
+  np.testing.assert_allclose(found, norms(pv) / norms(v), rtol=ROUNDING)
+  assert bsfa_optax.block_names(v) == BLOCKS

@@ -1,0 +1,201 @@
+"""The `kronecker` estimator against a dense reference."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bsfa_optax import bsfa, kronecker
+
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+TOL = 1e-5  # of the filtered update; eigenvalues are float32 for every dtype
+ALPHA, GAMMA = 0.3, 2.0
+FILTERS = {
+  'two_level': (None, lambda x: np.where(x > 1, ALPHA, GAMMA)),
+  'graded': (0.5, lambda x: np.clip(np.maximum(x, 1e-30) ** -0.5, ALPHA, GAMMA)),
+}
+
+
+def unfold(g, axis):
+  return np.moveaxis(g, axis, 0).reshape(g.shape[axis], -1)
+
+
+def rotate(g, matrix, axis):
+  return np.moveaxis(np.tensordot(matrix, g, (1, axis)), 0, axis)
+
+
+def reference(f, updates, v, axes, decay):
+  """f(C) v for dense moving averages of the covariance of each of `axes`.
+
+  Returns:
+    The filtered update, the share of the variance above the mean, and |Pv| / |v|.
+  """
+  variance, bases = np.ones((1,) * v.ndim), {}
+  for axis in axes:
+    covariance = np.zeros((v.shape[axis],) * 2)
+    for g in updates:
+      moment = unfold(g, axis) @ unfold(g, axis).T / np.square(g).sum()
+      covariance = decay * covariance + (1 - decay) * moment
+    values, bases[axis] = np.linalg.eigh(covariance)
+    values = np.maximum(values / values.mean(), 0)
+    shape = [-1 if i == axis else 1 for i in range(v.ndim)]
+    variance = variance * values.reshape(shape)
+  coefficients = v
+  for axis, basis in bases.items():
+    coefficients = rotate(coefficients, basis.T, axis)
+  out = f(variance) * coefficients
+  for axis, basis in bases.items():
+    out = rotate(out, basis, axis)
+  inside = np.linalg.norm(np.where(variance > 1, coefficients, 0))
+  explained = np.where(variance > 1, variance, 0).mean()
+  return out, explained, inside / np.linalg.norm(v)
+
+
+def make_updates(shapes, steps, dtype='float32'):
+  """Updates with a spread of variances along each axis."""
+  rng = np.random.default_rng(0)
+  trees = []
+  for _ in range(steps):
+    tree = {}
+    for key, shape in shapes.items():
+      g = rng.normal(size=shape)
+      for axis, n in enumerate(shape):
+        g = rotate(g, np.vander(np.linspace(0.5, 1.5, n), n) + np.eye(n), axis)
+      tree[key] = jnp.asarray(g / np.linalg.norm(g), dtype)
+    trees.append(tree)
+  return trees
+
+
+@functools.cache
+def step_fn(exponent, options):
+  estimator = kronecker(**dict(options))
+  return jit(bsfa(ALPHA, GAMMA, exponent=exponent, estimator=estimator).update)
+
+
+def run(exponent, updates, **options):
+  """The last filtered update and the state."""
+  state = bsfa(estimator=kronecker(**options)).init(updates[0])
+  for u in updates:
+    filtered, state = step_fn(exponent, tuple(options.items()))(u, state)
+  return filtered, state
+
+
+def assert_close(actual, desired, tol=TOL):
+  error = np.linalg.norm(np.asarray(actual, np.float64) - desired)
+  assert error <= tol * np.linalg.norm(desired)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float64', 'bfloat16'])
+@pytest.mark.parametrize('name', FILTERS)
+def test_filter_is_that_of_the_dense_covariance(name, dtype):
+  exponent, f = FILTERS[name]
+  shapes = {
+    'four': (2, 3, 2, 4),
+    'matrix': (4, 6),
+    'one': (1, 5),
+    'three': (3, 4, 2),
+    'wide': (3, 40),  # more than max_ratio times the rest of its axes
+    'large': (14, 4),  # more than max_size
+  }
+  axes = {k: tuple(range(len(shape))) for k, shape in shapes.items()}
+  axes |= {'one': (), 'wide': (0,), 'large': (1,)}
+  with jax.enable_x64(dtype == 'float64'):
+    updates = make_updates(shapes, 8, dtype)
+    filtered, state = run(
+      exponent, updates, decay=0.6, refresh_every=2, max_size=12, max_ratio=4.0
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(filtered, updates[0])
+  dense = [jax.tree.map(lambda x: np.asarray(x, np.float64), u) for u in updates]
+  for i, key in enumerate(sorted(shapes)):
+    sizes = [shapes[key][axis] for axis in axes[key]]
+    chex.assert_trees_all_equal_shapes(
+      state.estimator_state.factors[key].basis, tuple(np.ones((n, n)) for n in sizes)
+    )
+    if not axes[key]:  # no directions: left alone
+      chex.assert_trees_all_equal(filtered[key], updates[-1][key])
+      continue
+    # The last update is filtered before it is learned; every second one is.
+    learned = [u[key] for u in dense[1:-1:2]]
+    out, _, fraction = reference(f, learned, dense[-1][key], axes[key], 0.6)
+    _, explained, _ = reference(
+      f, [*learned, dense[-1][key]], dense[-1][key], axes[key], 0.6
+    )
+    assert_close(filtered[key], out, 4e-3 if dtype == 'bfloat16' else TOL)
+    np.testing.assert_allclose(state.dominant_fraction[i], fraction, rtol=1e-4)
+    np.testing.assert_allclose(
+      state.estimator_state.explained_variance[i], explained, rtol=1e-4
+    )
+    assert 0.05 < explained < 1
+
+
+@pytest.mark.parametrize('refresh_every', [1, 3])
+def test_identity_until_the_first_refresh(refresh_every):
+  updates = make_updates({'matrix': (4, 6)}, refresh_every + 2)
+  options = {'refresh_every': refresh_every}
+  state = bsfa(estimator=kronecker(**options)).init(updates[0])
+  for i, u in enumerate(updates):
+    filtered, state = step_fn(0.5, tuple(options.items()))(u, state)
+    changed = bool((filtered['matrix'] != u['matrix']).any())
+    assert changed == (i >= refresh_every)  # a step filters before it learns
+    learned = bool(state.estimator_state.explained_variance.any())
+    assert learned == (i + 1 >= refresh_every)
+
+
+def test_factors_are_refreshed_only_when_due():
+  updates = make_updates({'matrix': (4, 6)}, 9)
+  options = {'refresh_every': 3}
+  state, states = bsfa(estimator=kronecker(**options)).init(updates[0]), []
+  for u in updates:
+    _, state = step_fn(0.5, tuple(options.items()))(u, state)
+    states.append(state.estimator_state)
+  for i in range(1, 9):
+    old, new = (jax.tree.leaves(s.factors) for s in states[i - 1 : i + 1])
+    same = all((a == b).all() for a, b in zip(old, new, strict=True))
+    assert same == ((i + 1) % 3 != 0)
+    assert states[i].kronecker_step == i + 1
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_bases_are_orthonormal_in_the_storage_dtype(dtype):
+  updates = make_updates({'matrix': (4, 6)}, 60)
+  _, state = run(0.5, updates, refresh_every=1, storage_dtype=dtype)
+  tol = 1e-5 if dtype == jnp.float32 else 0.1  # 60 rotations, each rounded
+  for basis in state.estimator_state.factors['matrix'].basis:
+    assert basis.dtype == dtype
+    q = np.asarray(basis, np.float64)
+    np.testing.assert_allclose(q.T @ q, np.eye(len(q)), atol=tol)
+  for spectrum in state.estimator_state.factors['matrix'].spectrum:
+    assert (np.diff(spectrum) <= 0).all()
+    assert (spectrum >= 0).all()
+
+
+def test_variances_of_a_matrix_normal():
+  """Updates with covariance R (x) L get the relative variances l_i r_j."""
+  rng = np.random.default_rng(4)
+  steps, shape = 3000, (6, 8)
+  bases = [np.linalg.qr(rng.normal(size=(n, n)))[0] for n in shape]
+  spectra = [np.linspace(0.5, 2, n) for n in shape]
+  u, v = bases
+  left, right = (np.sqrt(s) for s in spectra)
+  noise = rng.normal(size=(steps, *shape)) * left[:, None] * right
+  updates = jnp.float32(u @ noise @ v.T)
+  estimator = kronecker(decay=0.998, refresh_every=1)
+
+  @jit
+  def learn(updates):
+    step = lambda state, g: (estimator.update(g, state), None)
+    return jax.lax.scan(step, estimator.init(updates[0]), updates)[0]
+
+  # f(x) = x shows the variances themselves: f(C) u_i v_j^T = l_i r_j u_i v_j^T.
+  state = learn(updates)
+  identity = lambda variance, dominant: variance
+  relative = [s / s.mean() for s in spectra]
+  multiply = jit(lambda g: estimator.apply(identity, g, state)[0])
+  for i, j in [(0, 0), (5, 7), (0, 7), (3, 4)]:
+    direction = np.outer(u[:, i], v[:, j])
+    found = np.vdot(direction, multiply(jnp.float32(direction)))
+    np.testing.assert_allclose(found, relative[0][i] * relative[1][j], rtol=0.15)
