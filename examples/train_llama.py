@@ -86,7 +86,7 @@ PRESETS = {
 # the larger presets AdamW's is the literature's; the others await a sweep of their own.
 LEARNING_RATES = {
   'toy': {'adamw': 1e-2, 'bsfa': 1e-2, 'muon': 1e-2},
-  'small': {'adamw': 4e-3, 'bsfa': 4e-3, 'muon': 2e-2},
+  'small': {'adamw': 8e-3, 'bsfa': 2.4e-2, 'muon': 2e-2},
   'llama-72m': {'adamw': 6e-4, 'bsfa': 6e-4, 'muon': 6e-4},
   'llama-134m': {'adamw': 6e-4, 'bsfa': 6e-4, 'muon': 6e-4},
 }
@@ -418,4 +418,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  try:
+    sys.exit(main())
+  except KeyboardInterrupt:  # before training, or a second one: the first saves
+    sys.exit('interrupted; --resume continues from the last checkpoint, if any')
