@@ -336,7 +336,7 @@ def test_state_shardings_on_one_device_and_errors():
 def test_map_params_with_specs_is_a_clear_error(name):
   tx = make_tx(name)
   state = tx.init(make_updates(1)[0])
-  with pytest.raises(ValueError, match='key path|named tuple'):
+  with pytest.raises(ValueError, match=r'key path|named tuple'):
     optax.tree.map_params(tx, lambda _, spec: spec, state, SPECS)
 
 
