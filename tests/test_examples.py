@@ -18,6 +18,7 @@ pytest.importorskip('flax')
 pytest.importorskip('orbax.checkpoint')
 
 SCRIPT = Path(__file__).parents[1] / 'examples' / 'train_llama.py'
+TIMEOUT = 240  # seconds for a process: a hang is a failure
 STEPS = 300
 JOB = [
   '--preset',
@@ -34,7 +35,7 @@ JOB += ['--horizons', '1', '1.5']
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Holds a text, the compilation cache of all runs, and their outputs."""
+  """Holds a text and the outputs of all runs."""
   folder = tmp_path_factory.mktemp('example')
   words = np.random.default_rng(0).choice(['the', 'bulk', 'is', 'flat', 'schön'], 4000)
   (folder / 'text.txt').write_text(' '.join(words), encoding='utf-8')
@@ -44,8 +45,6 @@ def folder(tmp_path_factory):
 def start(folder: Path, *options: str) -> subprocess.Popen:
   environment = os.environ | {
     'JAX_PLATFORMS': 'cpu',
-    'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'PYTHONPATH': str(Path(bsfa_optax.__file__).parents[1]),
   }
   return subprocess.Popen(
@@ -62,7 +61,7 @@ def start(folder: Path, *options: str) -> subprocess.Popen:
 def uninterrupted(folder):
   """Output of a job that ran through."""
   process = start(folder, *JOB, '--data', 'text.txt', '--output', 'whole')
-  out, err = process.communicate()
+  out, err = process.communicate(timeout=TIMEOUT)
   assert process.returncode == 0, err
   return out, err, folder / 'whole'
 
@@ -74,10 +73,12 @@ def resumed(folder, uninterrupted):
   job = [*JOB, '--data', 'text.txt', '--output', 'parts', '--checkpoint-every', '20']
   process = start(folder, *job)
   first = output / 'checkpoints' / f'bsfa-{STEPS}'
+  give_up = time.monotonic() + TIMEOUT
   while process.poll() is None and not (first.exists() and list(first.glob('[0-9]*'))):
+    assert time.monotonic() < give_up
     time.sleep(0.005)
   process.send_signal(signal.SIGINT)
-  _, err = process.communicate()
+  _, err = process.communicate(timeout=TIMEOUT)
   assert process.returncode == 128 + signal.SIGINT, err
   assert not (output / 'results.json').exists()
   saved = [int(path.name) for path in first.glob('[0-9]*')]
@@ -87,7 +88,7 @@ def resumed(folder, uninterrupted):
   command = shlex.split(err.splitlines()[-1])
   assert command[:2] == [sys.executable, str(SCRIPT)]
   process = start(folder, *command[2:])
-  _, err = process.communicate()
+  _, err = process.communicate(timeout=TIMEOUT)
   assert process.returncode == 0, err
   assert f'adamw-{STEPS}:' not in err  # it had finished, and is not trained again
   assert f'bsfa-{STEPS}: {STEPS}/{STEPS}' in err
@@ -148,7 +149,7 @@ def test_sigterm_between_checkpoints_saves_one(folder):
   process = start(folder, *job, *options)
   assert process.stderr.readline().startswith('adamw-50000: ')
   process.send_signal(signal.SIGTERM)
-  _, err = process.communicate()
+  _, err = process.communicate(timeout=TIMEOUT)
   assert process.returncode == 128 + signal.SIGTERM, err
   (saved,) = (folder / 'stopped' / 'checkpoints' / 'adamw-50000').glob('[0-9]*')
   assert 5000 <= int(saved.name) < 50000
