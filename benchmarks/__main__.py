@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import hashlib
 import json
-import os
 from pathlib import Path
 import statistics
 import subprocess
@@ -106,11 +104,11 @@ def sweep(args: argparse.Namespace) -> None:
     path = RESULTS / f'{name}.json'
     if path.exists():
       continue
-    text = json.dumps(run(contender, rate, seed, args), indent=1) + '\n'
-    temporary = path.with_suffix(f'.{hashlib.sha256(text.encode()).hexdigest()[:8]}')
-    temporary.write_text(text)
-    os.replace(temporary, path)
-    tqdm.write(f'{name}: {json.loads(text)["validation_loss"]:.4f}')
+    result = run(contender, rate, seed, args)
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(json.dumps(result, indent=1) + '\n')
+    temporary.replace(path)
+    tqdm.write(f'{name}: {spread([result["validation_loss"]])}')
 
 
 def load() -> dict[tuple[str, int, str], dict[float, list[Result]]]:
@@ -153,7 +151,8 @@ def report(args: argparse.Namespace) -> None:
         print(f'| {" | ".join(cells)} |')
         if None not in valid:
           points.append((rate, statistics.fmean(valid)))
-      axes.plot(*zip(*points, strict=True), 'o-', label=contender)
+      if points:  # none where every run diverged
+        axes.plot(*zip(*points, strict=True), 'o-', label=contender)
     axes.set(xscale='log', xlabel='learning rate', ylabel='validation loss')
     axes.set_title(f'{task}, {steps} steps')
     axes.legend()
