@@ -1,169 +1,269 @@
-"""Learning-rate sweeps of the language-model example, and their report.
+"""Tasks x optimizers x seeds: trains what has no result yet, and reports.
 
-Every run is `examples/train_llama.py` with one contender, one learning rate and one
-seed, in a process of its own. Its result is a small JSON file in benchmarks/results/,
-and a run whose file is there is not repeated.
+A run is one contender on one task at one learning rate, seed and length. Its result is
+a small JSON file in benchmarks/results/, written when the run is over; a run whose file
+is there is not repeated, and Ctrl-C loses nothing that is finished. docs/benchmarks.md
+says where the data sets come from.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
-import json
+from collections.abc import Sequence
+import math
 from pathlib import Path
 import statistics
-import subprocess
 import sys
-import tempfile
-from typing import Any
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / 'benchmarks' / 'results'
-FIGURES = ROOT / 'docs' / 'figures'
-EXAMPLE = ROOT / 'examples' / 'train_llama.py'
-KEPT = (
-  'contender',
-  'learning_rate',
-  'steps',
-  'train_loss',
-  'validation_loss',
-  'step_ms',
-  'parameters',
-  'state_bytes',
-)
+from benchmarks import literature, report, runs
+from benchmarks.contenders import CONTENDERS, UnknownPackage
+from benchmarks.tasks import MissingData, TASKS
 
-Result = dict[str, Any]
+DOCS = Path(__file__).parents[1] / 'docs'
 
 
-def parse_arguments() -> argparse.Namespace:
+def positive(text: str) -> float:
+  value = float(text)
+  if not 0 < value < math.inf:
+    raise argparse.ArgumentTypeError(f'must be a positive number, got {text}')
+  return value
+
+
+def positive_int(text: str) -> int:
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
+  return value
+
+
+def seed(text: str) -> int:
+  value = int(text)
+  if value < 0:
+    raise argparse.ArgumentTypeError(f'must be at least 0, got {text}')
+  return value
+
+
+def make_parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__)
   commands = parser.add_subparsers(dest='command', required=True)
-  defaults = argparse.ArgumentDefaultsHelpFormatter
-  sweep = commands.add_parser(
-    'sweep', help='train every combination that has no result', formatter_class=defaults
+
+  def command(name: str, text: str) -> argparse.ArgumentParser:
+    added = commands.add_parser(name, help=text, description=text)
+    added.add_argument(
+      '--results',
+      type=Path,
+      default=runs.RESULTS,
+      metavar='DIR',
+      help='folder of the results (benchmarks/results)',
+    )
+    return added
+
+  def training(name: str, text: str) -> argparse.ArgumentParser:
+    added = command(name, text)
+    added.add_argument(
+      '--task',
+      nargs='+',
+      choices=TASKS,
+      required=True,
+      metavar='TASK',
+      help=', '.join(TASKS),
+    )
+    added.add_argument(
+      '--contender',
+      nargs='+',
+      choices=CONTENDERS,
+      default=list(CONTENDERS),
+      metavar='NAME',
+      help=f'{", ".join(CONTENDERS)} (all)',
+    )
+    added.add_argument(
+      '--data',
+      type=Path,
+      default=Path('data'),
+      metavar='DIR',
+      help='folder of the data sets (data)',
+    )
+    return added
+
+  def with_steps(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    added.add_argument(
+      '--steps',
+      type=positive_int,
+      metavar='N',
+      help="length of a run, if not the task's own",
+    )
+    return added
+
+  def with_seeds(added: argparse.ArgumentParser, default: list[int]) -> None:
+    shown = ' '.join(map(str, default))
+    added.add_argument(
+      '--seed',
+      nargs='+',
+      type=seed,
+      default=default,
+      metavar='N',
+      help=f'of the initial weights and the order of the data ({shown})',
+    )
+
+  run = with_steps(training('run', 'every combination of what is given'))
+  run.add_argument(
+    '--learning-rate', nargs='+', type=positive, required=True, metavar='RATE'
   )
-  sweep.add_argument('--contenders', nargs='+', default=['adamw', 'bsfa', 'muon'])
-  sweep.add_argument('--learning-rates', nargs='+', type=float, required=True)
-  sweep.add_argument('--seeds', nargs='+', type=int, default=[0])
-  sweep.add_argument('--steps', type=int, default=300)
-  sweep.add_argument(
-    '--data', nargs='+', metavar='FILE', help='text to train on (default: the example)'
+  with_seeds(run, [0])
+
+  tune = with_steps(
+    training('tune', 'learning rate with seed 0: factors of 2, then of its root')
   )
-  sweep.add_argument(
-    '--data-name', default='stdlib', help='what the report calls the text'
+  tune.add_argument(
+    '--budget',
+    type=positive_int,
+    default=9,
+    metavar='N',
+    help='greatest number of rates to try for a contender (9)',
   )
-  report = commands.add_parser('report', help='tables (Markdown) and figures')
-  report.add_argument(
-    '--figures', type=Path, default=FIGURES, help='folder of the figures'
+
+  seeds = with_steps(
+    training('seeds', 'the best learning rate so far with more seeds, and what follows')
   )
-  return parser.parse_args()
+  with_seeds(seeds, [0, 1, 2])
+  seeds.add_argument(
+    '--horizons',
+    nargs='*',
+    type=positive,
+    default=[0.5, 0.75, 1.5, 2, 2.5, 3],
+    metavar='X',
+    help="other lengths of AdamW's runs, in units of a run (0.5 0.75 1.5 2 2.5 3)",
+  )
+
+  timing = training('time', 'time of a step, in turns; keep the machine quiet')
+  timing.add_argument(
+    '--rounds', type=positive_int, default=15, metavar='N', help='how many (15)'
+  )
+  timing.add_argument(
+    '--steps-a-round', type=positive_int, default=10, metavar='N', help='how many (10)'
+  )
+
+  reproducing = command('reproduce', 'the findings of docs/literature.md')
+  reproducing.add_argument('name', nargs='+', choices=literature.REPRODUCTIONS)
+  reproducing.add_argument(
+    '--data', type=Path, default=Path('data'), help='folder of the data sets'
+  )
+  reproducing.add_argument('--seed', nargs='+', type=seed, default=[0, 1, 2])
+  reproducing.add_argument(
+    '--figures', type=Path, default=DOCS / 'figures', help='folder of the figures'
+  )
+  reproducing.set_defaults(results=runs.RESULTS / 'literature')
+
+  reporting = command('report', 'tables and figures of docs/benchmarks.md')
+  reporting.add_argument(
+    '--docs', type=Path, default=DOCS, metavar='DIR', help='folder of the page (docs)'
+  )
+  return parser
 
 
-def run(contender: str, rate: float, seed: int, args: argparse.Namespace) -> Result:
-  """One training run in a process of its own."""
-  with tempfile.TemporaryDirectory() as folder:
-    command = [sys.executable, str(EXAMPLE), '--contenders', contender, '--horizons']
-    command += ['--learning-rate', f'{contender}={rate}', '--seed', str(seed)]
-    command += ['--steps', str(args.steps), '--output', folder, '--overwrite']
-    if args.data:
-      command += ['--data', *args.data]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-      raise SystemExit(f'{" ".join(command)}\n{done.stderr}')
-    content = json.loads((Path(folder) / 'results.json').read_text())
-  (result,) = content['runs']
-  losses = result['losses']
-  return {
-    'task': args.data_name,
-    'text': content['config']['text_fingerprint'],
-    'preset': content['config']['preset'],
-    'seed': seed,
-    **{key: result[key] for key in KEPT},
-    'loss_every_10_steps': [
-      round(statistics.fmean(losses[i : i + 10]), 4) for i in range(0, len(losses), 10)
-    ],
-    'versions': content['versions'],
-    'machine': content['machine'],
+def run(args: argparse.Namespace) -> None:
+  laboratory = runs.Laboratory(args.results, args.data)
+  for task in args.task:
+    steps = args.steps or TASKS[task].steps
+    for contender in args.contender:
+      for rate in args.learning_rate:
+        for number in args.seed:
+          laboratory(runs.Run(task, contender, rate, steps, number))
+
+
+def tune(args: argparse.Namespace) -> None:
+  laboratory = runs.Laboratory(args.results, args.data)
+  for name in args.task:
+    task, steps = TASKS[name], args.steps or TASKS[name].steps
+    for contender in args.contender:
+
+      def score_at(rate, name=name, task=task, steps=steps, contender=contender):
+        return runs.score(task, laboratory(runs.Run(name, contender, rate, steps, 0)))
+
+      best = runs.search(CONTENDERS[contender].learning_rate, args.budget, score_at)
+      tqdm.write(
+        f'{name} {contender}: the best rate is {best:g}'
+        if best
+        else f'{name} {contender}: --budget {args.budget} is spent before the best rate'
+        ' has worse neighbours on both sides; call again with a greater one'
+      )
+
+
+def seeds(args: argparse.Namespace) -> None:
+  """Also AdamW's other lengths, and everyone at AdamW's best rate."""
+  laboratory = runs.Laboratory(args.results, args.data)
+  results = runs.load(args.results)
+  for name in args.task:
+    task, steps = TASKS[name], args.steps or TASKS[name].steps
+
+    def best(contender, name=name, task=task, steps=steps):
+      own = [r for r in results if (r['task'], r['contender']) == (name, contender)]
+      return runs.best_rate(own, task, steps)
+
+    adamw = best('adamw')
+    for contender in args.contender:
+      rate = best(contender)
+      if rate is None:
+        tqdm.write(f'{name} {contender}: no run of {steps} steps yet; call tune first')
+        continue
+      plan = [(rate, steps)]
+      if contender == 'adamw':
+        plan += [(rate, max(1, round(h * steps))) for h in args.horizons]
+      elif adamw:
+        plan.append((adamw, steps))
+      for number in args.seed:
+        for rate, length in dict.fromkeys(plan):
+          laboratory(runs.Run(name, contender, rate, length, number))
+
+
+def time(args: argparse.Namespace) -> None:
+  """AdamW is always among the contenders: times are given in units of its."""
+  laboratory = runs.Laboratory(args.results, args.data)
+  for task in args.task:
+    contenders = dict.fromkeys(['adamw', *args.contender])
+    trainers = {name: laboratory.trainer(task, name) for name in contenders}
+    turns = (args.rounds + 1) * len(trainers)
+    with tqdm(total=turns, desc=f'{task} times', unit='turn', disable=None) as bar:
+      times = runs.step_times(trainers, args.rounds, args.steps_a_round, bar)
+    runs.add_times(args.results, task, times)
+    medians = [f'{c} {statistics.median(ms):.1f} ms' for c, ms in times.items()]
+    tqdm.write(f'{task}: {", ".join(medians)}')
+
+
+def reproduce(args: argparse.Namespace) -> None:
+  for name in args.name:
+    module = literature.REPRODUCTIONS[name]
+    module.run(args.data, args.seed, args.results)
+    module.plot(args.results, args.figures)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = make_parser()
+  args = parser.parse_args(argv)
+  actions = {
+    'run': run,
+    'tune': tune,
+    'seeds': seeds,
+    'time': time,
+    'reproduce': reproduce,
   }
-
-
-def sweep(args: argparse.Namespace) -> None:
-  """Trains what is missing; each result is saved as soon as it is there."""
-  RESULTS.mkdir(exist_ok=True)
-  plan = [
-    (c, r, s) for s in args.seeds for c in args.contenders for r in args.learning_rates
-  ]
-  for contender, rate, seed in tqdm(plan, unit='run', disable=None):
-    name = f'{args.data_name}-{args.steps}-{contender}-{rate:g}-{seed}'
-    path = RESULTS / f'{name}.json'
-    if path.exists():
-      continue
-    result = run(contender, rate, seed, args)
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(result, indent=1) + '\n')
-    temporary.replace(path)
-    tqdm.write(f'{name}: {spread([result["validation_loss"]])}')
-
-
-def load() -> dict[tuple[str, int, str], dict[float, list[Result]]]:
-  """Results by (task, steps, contender), then by learning rate."""
-  groups: dict = collections.defaultdict(lambda: collections.defaultdict(list))
-  for path in sorted(RESULTS.glob('*.json')):
-    result = json.loads(path.read_text())
-    key = result['task'], result['steps'], result['contender']
-    groups[key][result['learning_rate']].append(result)
-  return groups
-
-
-def spread(values: list[float | None]) -> str:
-  if None in values:
-    return 'diverged'
-  mean = statistics.fmean(values)
-  return (
-    f'{mean:.4f} ± {statistics.stdev(values):.4f}' if len(values) > 1 else f'{mean:.4f}'
-  )
-
-
-def report(args: argparse.Namespace) -> None:
-  """Prints the tables and draws validation loss against learning rate."""
-  groups = load()
-  args.figures.mkdir(parents=True, exist_ok=True)
-  for task, steps in sorted({key[:2] for key in groups}):
-    print(f'\n### {task}, {steps} steps\n')
-    print('| contender | learning rate | train loss | validation loss | seeds |')
-    print('|---|---|---|---|---|')
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout='constrained')
-    contenders = sorted(key[2] for key in groups if key[:2] == (task, steps))
-    for contender in contenders:
-      rates = groups[task, steps, contender]
-      points = []
-      for rate, results in sorted(rates.items()):
-        train, valid = (
-          [r[key] for r in results] for key in ('train_loss', 'validation_loss')
-        )
-        cells = contender, f'{rate:g}', spread(train), spread(valid), str(len(valid))
-        print(f'| {" | ".join(cells)} |')
-        if None not in valid:
-          points.append((rate, statistics.fmean(valid)))
-      if points:  # none where every run diverged
-        axes.plot(*zip(*points, strict=True), 'o-', label=contender)
-    axes.set(xscale='log', xlabel='learning rate', ylabel='validation loss')
-    axes.set_title(f'{task}, {steps} steps')
-    axes.legend()
-    figure.savefig(args.figures / f'sweep-{task}-{steps}.png', dpi=120)
-    plt.close(figure)
-
-
-def main() -> None:
-  args = parse_arguments()
-  {'sweep': sweep, 'report': report}[args.command](args)
+  try:
+    for name in getattr(args, 'contender', ()):  # before hours of training, not after
+      CONTENDERS[name].direction(next(iter(TASKS.values())))
+    if args.command == 'report':
+      report.write(args.results, args.docs)
+      literature.plot_all(args.results / 'literature', args.docs / 'figures')
+    else:
+      actions[args.command](args)
+  except (MissingData, UnknownPackage) as error:
+    parser.error(str(error))
+  except KeyboardInterrupt:
+    print('interrupted; the same command goes on with what is missing', file=sys.stderr)
+    return 130
+  return 0
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

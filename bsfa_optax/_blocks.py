@@ -88,25 +88,35 @@ class Blocks:
   def gather(self, values: Sequence[jax.Array], trailing: int = 0) -> jax.Array:
     """Sums `(*batch, ...)` values within each block into `(count, ...)`.
 
-    The leaves split in the same way share one all-reduce.
-
     Args:
       values: an array for each of `leaves`, its batch axes first.
       trailing: number of axes behind the batch axes.
     """
     dtype = functools.reduce(np.promote_types, [x.dtype for x in values])
-    values = [x.astype(dtype) for x in values]
-    for axes in {axes: None for axes in self.split if axes}:
-      members = [i for i, split in enumerate(self.split) if split == axes]
-      totals = jax.lax.psum([values[i] for i in members], axes)
-      for i, total in zip(members, totals, strict=True):
-        values[i] = total
+    values = self.sum_over_shards([x.astype(dtype) for x in values])
     parts = []
     for block in self.blocks:
       total = sum(values[i] for i in block.leaves[1:]) if block.leaves[1:] else 0
       total = values[block.leaves[0]] + total
       parts.append(total.reshape((-1, *total.shape[total.ndim - trailing :])))
     return jnp.concatenate(parts)
+
+  def sum_over_shards(self, values: Sequence[Any]) -> list[Any]:
+    """Sums the values of each leaf over the mesh axes of `jax.shard_map` that split it.
+
+    Args:
+      values: for each of `leaves` an array or a tree of arrays.
+
+    Returns:
+      The sums. The leaves split in the same way share one all-reduce.
+    """
+    out = list(values)
+    for axes in {axes: None for axes in self.split if axes}:
+      members = [i for i, split in enumerate(self.split) if split == axes]
+      totals = jax.lax.psum([out[i] for i in members], axes)
+      for i, total in zip(members, totals, strict=True):
+        out[i] = total
+    return out
 
   def scatter(self, values: jax.Array) -> list[jax.Array]:
     """Splits `(count, ...)` into a `(*batch, ...)` array for each of `leaves`."""
@@ -135,7 +145,7 @@ def unbox(tree: Any) -> Any:
   return jax.tree.map(inner, tree, is_leaf=is_box)
 
 
-def _is_axes(x: Any) -> bool:
+def is_axes(x: Any) -> bool:
   return (
     x is None
     or isinstance(x, int)
@@ -143,7 +153,7 @@ def _is_axes(x: Any) -> bool:
   )
 
 
-def _broadcast(spec: Any, tree: Any, is_leaf: Callable, option: str) -> list[Any]:
+def broadcast(spec: Any, tree: Any, is_leaf: Callable, option: str) -> list[Any]:
   """The leaf of `spec` (a tree prefix of `tree`) for each leaf of `tree`."""
   if not jax.tree.leaves(tree):  # optax's placeholder for parameters, for one
     return []
@@ -188,7 +198,7 @@ def _split_axes(name: str, leaf: Any, axis_names: tuple[str, ...]) -> tuple[str,
     raise ValueError(
       f'{name!r} varies over the manual mesh axes {sorted(rest)}: average gradients of'
       ' replicated parameters over them first (jax.lax.pmean); if they split the'
-      ' parameters, take the estimator `pca` and name them in its axis_name.'
+      " parameters, name them in the estimator's axis_name."
     )
   split = []
   for axis in axis_names:
@@ -239,11 +249,11 @@ def resolve(
 
   axes = []
   for name, (_, leaf), spec in zip(
-    names, flat, _broadcast(batch_axes, tree, _is_axes, 'batch_axes'), strict=True
+    names, flat, broadcast(batch_axes, tree, is_axes, 'batch_axes'), strict=True
   ):
     value = spec.value
     value = () if value is None else (value,) if isinstance(value, int) else value
-    if not _is_axes(value) or any(not -leaf.ndim <= a < leaf.ndim for a in value):
+    if not is_axes(value) or any(not -leaf.ndim <= a < leaf.ndim for a in value):
       raise ValueError(
         f'batch_axes must lie within the axes of each leaf, got {spec.value} for'
         f' {name!r} of shape {leaf.shape}; use None for leaves without one.'
@@ -257,7 +267,7 @@ def resolve(
     ]
   else:
     is_label = lambda x: x is None or isinstance(x, str)
-    chosen = [s.value for s in _broadcast(labels, tree, is_label, 'blocks')]
+    chosen = [s.value for s in broadcast(labels, tree, is_label, 'blocks')]
 
   groups: dict[str, list[int]] = {}
   for i, label in enumerate(chosen):

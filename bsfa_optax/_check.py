@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def concrete(value: Any) -> float | None:
@@ -69,6 +70,15 @@ def floating(name: str, value: Any) -> None:
     valid = False
   if not valid:
     raise ValueError(f'{name} must be a floating-point dtype, got {value!r}.')
+
+
+def transformation(name: str, value: Any) -> None:
+  """Raises unless `value` is an Optax transformation."""
+  if not isinstance(value, optax.GradientTransformation):
+    raise TypeError(
+      f'{name} must be an optax.GradientTransformation, got {value!r}; call the'
+      ' factory, as in optax.sgd(0.1).'
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from bsfa_optax import _blocks
+from bsfa_optax import _blocks, _stack
 
 
 class SpectralFunction(Protocol):
@@ -68,3 +69,52 @@ class Estimator(NamedTuple):
     [SpectralFunction, optax.Updates, Any], tuple[optax.Updates, jax.Array]
   ]
   blocks: Callable[[optax.Params], _blocks.Blocks]
+
+
+def check_estimator(estimator: Any) -> None:
+  """Raises unless `estimator` is an `Estimator`."""
+  if not isinstance(estimator, Estimator):
+    raise TypeError(
+      f'estimator must be an Estimator, got {estimator!r}; call the factory, as in'
+      ' estimator=pca().'
+    )
+
+
+def learn(
+  estimator: Estimator,
+  finite: jax.Array,
+  updates: optax.Updates,
+  state: Any,
+  params: optax.Params | None,
+  extra_args: dict[str, Any],
+) -> Any:
+  """The estimator's state after `updates`; as it was where they are not finite."""
+  # Without extra arguments `cond` sees the same function every time, which is what
+  # saves an eager call from compiling it again.
+  update = estimator.update
+  if extra_args:
+    update = lambda u, s, p: estimator.update(u, s, p, **extra_args)
+  learned = jax.lax.cond(finite, update, _keep, updates, state, params)
+  return _stack.keep_replicated(learned)
+
+
+def _keep(updates: Any, state: Any, params: Any) -> Any:
+  del updates, params
+  return state
+
+
+def all_finite(updates: optax.Updates, parts: _blocks.Blocks) -> jax.Array:
+  """Whether an estimator can learn from `updates`: finite, also when squared, ()."""
+  leaves = jax.tree.leaves(updates)
+  if not leaves:
+    return jnp.array(True)
+
+  def usable(u):  # False for NaN, and where sums of squares could overflow
+    largest = jnp.finfo(_stack.accumulator(u.dtype)).max
+    limit = jnp.sqrt(largest / (1024 * max(u.size, 1)))
+    return (jnp.abs(u).astype(largest.dtype) < limit).all()
+
+  finite = jnp.stack([usable(u) for u in leaves]).all()
+  # Shards must agree, as learning from an update takes all of them.
+  axes = _blocks.varying_axes(finite).union(*parts.split)
+  return jax.lax.pmin(finite.astype(jnp.int32), tuple(axes)) > 0 if axes else finite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from bsfa_optax import _blocks, _check, _stack
-from bsfa_optax._estimator import Estimator
+from bsfa_optax._estimator import all_finite, check_estimator, Estimator, learn
 from bsfa_optax.estimators import kronecker
 
 
@@ -71,7 +72,8 @@ def bsfa(
     moments. Weight decay and learning rate are left alone, and Adam, which divides by
     the size of what it gets, undoes a part of the filter.
 
-  Until the estimator's first full refresh the filter is the identity. An update with
+  The estimator learns from an update before it filters it. Until its first full refresh
+  the filter is the identity. An update with
   a NaN or an infinity in it, or entries too large to be squared and summed (1e14 in
   float32), passes through as it is and leaves no trace in the state.
 
@@ -113,6 +115,120 @@ def bsfa(
     Zhou, Wang, Chen, Cheng, `BSFA: Leveraging the Subspace Dichotomy to Accelerate
     Neural Network Training <https://arxiv.org/abs/2510.25244>`_, 2025
   """
+  init_fn, step_fn = _make_filter(alpha, gamma, exponent, preserve_norm, estimator)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    return step_fn(updates, updates, state, params, extra_args)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class AccelerateState(NamedTuple):
+  """State of the `accelerate` wrapper.
+
+  Attributes:
+    base_state: the state of the base optimizer.
+    history_state: the state of the transformation that makes the history; of
+      `optax.identity` if the history is of updates.
+    bsfa_state: the `BSFAState` of the filter.
+
+  Examples:
+    >>> import bsfa_optax, jax.numpy as jnp, optax
+    >>> tx = bsfa_optax.accelerate(optax.sgd(0.1, momentum=0.9))
+    >>> state = tx.init({'kernel': jnp.ones((4, 4))})
+    >>> state.bsfa_state.dominant_fraction.shape
+    (1,)
+  """
+
+  base_state: Any
+  history_state: Any
+  bsfa_state: BSFAState
+
+
+def accelerate(
+  base_optimizer: optax.GradientTransformation,
+  alpha: optax.ScalarOrSchedule = 0.3,
+  gamma: optax.ScalarOrSchedule = 2.0,
+  *,
+  history: optax.GradientTransformation | None = None,
+  exponent: optax.ScalarOrSchedule | None = None,
+  preserve_norm: bool = False,
+  estimator: Estimator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Wraps an optimizer: filters its updates by what the estimator learns of gradients.
+
+  As `optax.chain(base_optimizer, bsfa(...))`, which sees updates alone, except that
+  the `history`, which the estimator learns from, may be made of the gradients. A base
+  optimizer with momentum averages out the oscillation in its updates that tells the
+  steep directions.
+
+  Args:
+    base_optimizer: the optimizer whose updates are filtered.
+    alpha: as in `bsfa_optax.bsfa`.
+    gamma: as in `bsfa_optax.bsfa`.
+    history: what maps the gradients to the history. None: the base optimizer's
+      updates, as published. `optax.identity()`: the gradients themselves.
+      ``optax.scale_by_adam(b1=0.0, b2=b2)``: the gradients in Adam's metric, that is
+      over their root mean square; give it the b2 of the base optimizer.
+    exponent: as in `bsfa_optax.bsfa`.
+    preserve_norm: as in `bsfa_optax.bsfa`.
+    estimator: as in `bsfa_optax.bsfa`.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` whose state is an `AccelerateState`.
+
+  Raises:
+    ValueError: for the same options as `bsfa_optax.bsfa`.
+    TypeError: as `bsfa_optax.bsfa`, and if `base_optimizer` or `history` is no
+      transformation.
+
+  Examples:
+    >>> import bsfa_optax, jax.numpy as jnp, optax
+    >>> tx = bsfa_optax.accelerate(optax.adamw(3e-4), history=optax.identity())
+    >>> params = {'kernel': jnp.ones((4, 3)), 'bias': jnp.zeros(3)}
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update(params, state, params)
+    >>> params = optax.apply_updates(params, updates)
+
+  References:
+    Zhou, Wang, Chen, Cheng, `BSFA: Leveraging the Subspace Dichotomy to Accelerate
+    Neural Network Training <https://arxiv.org/abs/2510.25244>`_, 2025
+  """
+  _check.transformation('base_optimizer', base_optimizer)
+  if history is not None:
+    _check.transformation('history', history)
+  init_fn, step_fn = _make_filter(alpha, gamma, exponent, preserve_norm, estimator)
+  base = optax.with_extra_args_support(base_optimizer)
+  source = optax.with_extra_args_support(history or optax.identity())
+
+  def init(params):
+    return AccelerateState(base.init(params), source.init(params), init_fn(params))
+
+  def update(updates, state, params=None, **extra_args):
+    gradients = updates
+    updates, base_state = base.update(gradients, state.base_state, params, **extra_args)
+    learned, source_state = source.update(
+      updates if history is None else gradients,
+      state.history_state,
+      params,
+      **extra_args,
+    )
+    filtered, bsfa_state = step_fn(
+      updates, learned, state.bsfa_state, params, extra_args
+    )
+    return filtered, AccelerateState(base_state, source_state, bsfa_state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _make_filter(
+  alpha: optax.ScalarOrSchedule,
+  gamma: optax.ScalarOrSchedule,
+  exponent: optax.ScalarOrSchedule | None,
+  preserve_norm: bool,
+  estimator: Estimator | None,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """``init(params)``, and a step in which the history may differ from the updates."""
   _check.multiplier('alpha', alpha)
   _check.multiplier('gamma', gamma)
   if exponent is not None:
@@ -123,23 +239,18 @@ def bsfa(
         f'alpha must not exceed gamma in the graded filter, got alpha={alpha!r} and'
         f' gamma={gamma!r}; set exponent=None for the two-level filter.'
       )
-  if estimator is None:
-    estimator = kronecker()
-  if not isinstance(estimator, Estimator):
-    raise TypeError(
-      f'estimator must be an Estimator, got {estimator!r}; call the factory, as in'
-      ' estimator=pca().'
-    )
+  chosen = kronecker() if estimator is None else estimator
+  check_estimator(chosen)
 
   def init_fn(params):
-    count = max(estimator.blocks(params).count, 1)
+    count = max(chosen.blocks(params).count, 1)
     return BSFAState(
       bsfa_step=jnp.zeros((), jnp.int32),
       dominant_fraction=jnp.zeros((count,), jnp.float32),
-      estimator_state=estimator.init(params),
+      estimator_state=chosen.init(params),
     )
 
-  def update_fn(updates, state, params=None, **extra_args):
+  def step_fn(updates, history, state, params, extra_args):
     step = state.bsfa_step
     low, high = _value(alpha, step), _value(gamma, step)
     power = None if exponent is None else _value(exponent, step)
@@ -152,17 +263,15 @@ def bsfa(
       graded = jnp.where(present, variance, 1) ** -jnp.asarray(power, variance.dtype)
       return jnp.where(present, jnp.clip(graded, a, g), g)
 
-    finite = _all_finite(updates, estimator.blocks(updates))
-    filtered, fraction = estimator.apply(f, updates, state.estimator_state)
+    parts = chosen.blocks(updates)
+    finite = all_finite(updates, parts)
+    if history is not updates:
+      finite &= all_finite(history, parts)
+    learned = learn(chosen, finite, history, state.estimator_state, params, extra_args)
+    filtered, fraction = chosen.apply(f, updates, learned)
     if preserve_norm:
-      filtered = _with_norm_of(updates, filtered, estimator.blocks(updates))
+      filtered = _with_norm_of(updates, filtered, parts)
     filtered = jax.tree.map(lambda new, v: jnp.where(finite, new, v), filtered, updates)
-    # Without extra arguments `cond` sees the same function every time, which is what
-    # saves an eager call from compiling it again.
-    learn = estimator.update
-    if extra_args:
-      learn = lambda u, s, p: estimator.update(u, s, p, **extra_args)
-    learned = jax.lax.cond(finite, learn, _keep, updates, state.estimator_state, params)
     return filtered, BSFAState(
       bsfa_step=jnp.where(finite, optax.safe_increment(step), step),
       dominant_fraction=_stack.keep_replicated(
@@ -171,32 +280,11 @@ def bsfa(
       estimator_state=learned,
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return init_fn, step_fn
 
 
 def _value(parameter: Any, step: jax.Array) -> Any:
   return parameter(step) if callable(parameter) else parameter
-
-
-def _keep(updates: Any, state: Any, params: Any) -> Any:
-  del updates, params
-  return state
-
-
-def _all_finite(updates: optax.Updates, parts: _blocks.Blocks) -> jax.Array:
-  leaves = jax.tree.leaves(updates)
-  if not leaves:
-    return jnp.array(True)
-
-  def usable(u):  # False for NaN, and where sums of squares could overflow
-    largest = jnp.finfo(_stack.accumulator(u.dtype)).max
-    limit = jnp.sqrt(largest / (1024 * max(u.size, 1)))
-    return (jnp.abs(u).astype(largest.dtype) < limit).all()
-
-  finite = jnp.stack([usable(u) for u in leaves]).all()
-  # Shards must agree, as learning from an update takes all of them.
-  axes = _blocks.varying_axes(finite).union(*parts.split)
-  return jax.lax.pmin(finite.astype(jnp.int32), tuple(axes)) > 0 if axes else finite
 
 
 def _with_norm_of(

@@ -83,7 +83,7 @@ def gram_svd(a: Rows, rank: int) -> tuple[jax.Array, Leaves]:
   """
   variance, left = _top(a.gram(), rank)
   inverse = _masked_reciprocal(jnp.sqrt(variance))
-  return variance, _orthonormalize(a.parts, a.combine(inverse[:, :, None] * left))
+  return variance, orthonormalize(a.parts, a.combine(inverse[:, :, None] * left))
 
 
 def randomized_svd(
@@ -117,7 +117,7 @@ def randomized_svd(
   variance, right = _top(sketch @ jnp.matrix_transpose(sketch), rank)
   present = (variance > 0).astype(variance.dtype)[:, :, None]
   rows = combine(a.parts, (present * right) @ inverse, found)
-  return variance, _orthonormalize(a.parts, rows)
+  return variance, orthonormalize(a.parts, rows)
 
 
 def cheaper_solver(rank: int, rows: int) -> Literal['gram', 'randomized']:
@@ -165,7 +165,7 @@ def _inverse_cholesky(gram: jax.Array) -> jax.Array:
   return _linalg.inverse_cholesky(gram + shift * jnp.eye(n, dtype=gram.dtype)[None])
 
 
-def _orthonormalize(parts: _blocks.Blocks, rows: Leaves) -> Leaves:
+def orthonormalize(parts: _blocks.Blocks, rows: Leaves) -> Leaves:
   """Makes nearly orthonormal rows orthonormal to rounding; zero rows stay zero."""
   gram = contract(parts, rows, rows)
   eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]

@@ -12,12 +12,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 import bsfa_optax
-from bsfa_optax import kronecker, pca
+from bsfa_optax import dct, hessian_lanczos, kronecker, pca
 
 STEPS = 5  # before the checkpoint, and after it
 ESTIMATORS = {
   'pca': pca(rank=3, history=3, solver='gram', storage_dtype=jnp.bfloat16),
   'kronecker': kronecker(refresh_every=3),
+  'hessian': hessian_lanczos(rank=2, refresh_every=3),
+  'dct': dct(rank=3),
 }
 SHAPES = {'bias': (8,), 'kernel': (8, 8)}
 # Of how many devices, and which axis of the parameters is split over which.
@@ -66,7 +68,7 @@ def make_step(name, mesh_name):
       return jnp.mean((outputs - 1) ** 2)
 
     loss, grads = jax.value_and_grad(loss_fn)(params)
-    updates, state = tx.update(grads, state, params)
+    updates, state = tx.update(grads, state, params, value_fn=loss_fn)
     return optax.apply_updates(params, updates), state, loss
 
   return step

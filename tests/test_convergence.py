@@ -53,7 +53,9 @@ def test_planted_subspace(name):
   def run(updates, probes):
     step = lambda state, u: (tx.update(u, state)[1], None)
     state, _ = jax.lax.scan(step, tx.init(updates[0]), updates)
-    return jax.vmap(lambda v: tx.update(v, state)[0])(probes), state.dominant_fraction
+    f = lambda variance, dominant: jnp.where(dominant, alpha, gamma)
+    apply = lambda v: estimator.apply(f, v, state.estimator_state)[0]
+    return jax.vmap(apply)(probes), state.dominant_fraction
 
   as_leaves = lambda rows: jnp.float32(rows.reshape(len(rows), *SHAPE))
   probes = np.concatenate([np.eye(n), noise[-1:], drift[None]])

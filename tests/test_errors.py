@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import bsfa_optax
-from bsfa_optax import bsfa, bsfa_adamw, kronecker, pca
+from bsfa_optax import bsfa, bsfa_adamw, dct, hessian_lanczos, kronecker, pca
 
 NAN, INF = float('nan'), float('inf')
 INTEGER = 'must be a positive integer'
@@ -35,6 +35,13 @@ OPTIONS = [
   (kronecker, 'max_size', [0, -1, 8.0, None], INTEGER),
   (kronecker, 'max_ratio', [0, -1.0, NAN, True, '8', None], 'must be positive'),
   (kronecker, 'storage_dtype', [jnp.int8, 'foo', bool], 'must be a floating-point'),
+  (dct, 'rank', [0, -1, 2.0, True, None], INTEGER),
+  (hessian_lanczos, 'rank', [0, 2.0, None], INTEGER),
+  (hessian_lanczos, 'iterations', [0, 30.0, True], INTEGER),
+  (hessian_lanczos, 'iterations', [5, 10], 'must exceed rank'),
+  (hessian_lanczos, 'refresh_every', [0, 1.5, None], INTEGER),
+  (hessian_lanczos, 'curvature', ['fisher', None], "must be 'hessian' or"),
+  (hessian_lanczos, 'storage_dtype', [jnp.int8, 'foo'], 'must be a floating-point'),
 ]
 for name in ('alpha', 'gamma', 'exponent'):
   bad = [-1.0, NAN, INF, -INF, 1j, 'x', np.float32(-2), jnp.array(NAN)]
@@ -54,7 +61,7 @@ def test_bad_option(factory, name, value, text):
   with pytest.raises(ValueError, match=re.escape(text)) as error:
     factory(**{name: value})
   message = str(error.value)
-  assert message.startswith(f'{name} must be')
+  assert message.startswith(f'{name} must ')
   shown = f'shape {np.shape(value)}' if np.ndim(value) else repr(value)
   assert shown in message
 

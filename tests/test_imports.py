@@ -9,6 +9,7 @@ import bsfa_optax, optax
 optax.chain(bsfa_optax.bsfa(), optax.adamw(1e-3))
 optax.chain(optax.adamw(1e-3), bsfa_optax.bsfa(estimator=bsfa_optax.pca()))
 bsfa_optax.bsfa_adamw(1e-3)
+bsfa_optax.diagnostics.partition
 print(*{name.partition('.')[0] for name in sys.modules})
 """
 

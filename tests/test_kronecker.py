@@ -1,6 +1,7 @@
 """The `kronecker` estimator against a dense reference."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bsfa_optax import bsfa, kronecker
+from bsfa_optax import bsfa, dct, kronecker
 
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
@@ -118,12 +119,9 @@ def test_filter_is_that_of_the_dense_covariance(name, dtype):
     if not axes[key]:  # no directions: left alone
       chex.assert_trees_all_equal(filtered[key], updates[-1][key])
       continue
-    # The last update is filtered before it is learned; every second one is.
-    learned = [u[key] for u in dense[1:-1:2]]
-    out, _, fraction = reference(f, learned, dense[-1][key], axes[key], 0.6)
-    _, explained, _ = reference(
-      f, [*learned, dense[-1][key]], dense[-1][key], axes[key], 0.6
-    )
+    # Every second update is learned, the last one before it is filtered.
+    learned = [u[key] for u in dense[1::2]]
+    out, explained, fraction = reference(f, learned, dense[-1][key], axes[key], 0.6)
     assert_close(filtered[key], out, 4e-3 if dtype == 'bfloat16' else TOL)
     np.testing.assert_allclose(state.dominant_fraction[i], fraction, rtol=1e-4)
     np.testing.assert_allclose(
@@ -140,9 +138,8 @@ def test_identity_until_the_first_refresh(refresh_every):
   for i, u in enumerate(updates):
     filtered, state = step_fn(0.5, tuple(options.items()))(u, state)
     changed = bool((filtered['matrix'] != u['matrix']).any())
-    assert changed == (i >= refresh_every)  # a step filters before it learns
     learned = bool(state.estimator_state.explained_variance.any())
-    assert learned == (i + 1 >= refresh_every)
+    assert changed == learned == (i + 1 >= refresh_every)  # learns before it filters
 
 
 def test_factors_are_refreshed_only_when_due():
@@ -157,6 +154,81 @@ def test_factors_are_refreshed_only_when_due():
     same = all((a == b).all() for a, b in zip(old, new, strict=True))
     assert same == ((i + 1) % 3 != 0)
     assert states[i].kronecker_step == i + 1
+
+
+@pytest.mark.parametrize(
+  ('axes', 'factored'),
+  [
+    (None, {'matrix': (0,), 'three': (0, 1, 2)}),  # the other is above `max_size`
+    (-1, {'matrix': (), 'three': (2,)}),
+    ({'matrix': (1, 0), 'three': ()}, {'matrix': (0,), 'three': ()}),
+    ({'matrix': 0, 'three': (2, 0)}, {'matrix': (0,), 'three': (0, 2)}),
+    (
+      lambda params: {k: x.ndim - 2 for k, x in params.items()},
+      {'matrix': (0,), 'three': (1,)},
+    ),
+  ],
+  ids=['default', 'int', 'none', 'tree', 'function'],
+)
+def test_named_axes(axes, factored):
+  updates = make_updates({'matrix': (4, 6), 'three': (3, 4, 2)}, 4)
+  estimator = kronecker(axes=axes, decay=0.6, refresh_every=1, max_size=5)
+  state, update = estimator.init(updates[0]), jit(estimator.update)
+  for u in updates[:3]:
+    state = update(u, state)
+  two_level = lambda variance, _: jnp.where(variance > 1, ALPHA, GAMMA)
+  filtered, fraction = jit(lambda u: estimator.apply(two_level, u, state))(updates[3])
+  dense = [jax.tree.map(lambda x: np.asarray(x, np.float64), u) for u in updates]
+  for i, (key, axes_of_leaf) in enumerate(factored.items()):
+    if not axes_of_leaf:
+      chex.assert_trees_all_equal(filtered[key], updates[3][key])
+      assert fraction[i] == state.explained_variance[i] == 0
+      continue
+    out, explained, inside = reference(
+      FILTERS['two_level'][1],
+      [u[key] for u in dense[:3]],
+      dense[3][key],
+      axes_of_leaf,
+      0.6,
+    )
+    assert_close(filtered[key], out)
+    np.testing.assert_allclose(fraction[i], inside, rtol=1e-4)
+    np.testing.assert_allclose(state.explained_variance[i], explained, rtol=1e-4)
+
+
+@pytest.mark.parametrize('make', [kronecker, dct])
+def test_batch_without_a_named_axis_is_left_alone(make):
+  (v,) = make_updates({'layers': (3, 4, 6)}, 1)
+  estimator = make(axes=(), batch_axes=0)
+  state, update = estimator.init(v), jit(estimator.update)
+  for _ in range(2):
+    state = update(v, state)
+  double = lambda variance, dominant: jnp.full_like(variance, 2)
+  filtered, fraction = estimator.apply(double, v, state)
+  chex.assert_trees_all_equal(filtered, v)
+  assert fraction.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize('make', [kronecker, dct])
+@pytest.mark.parametrize(
+  ('options', 'parts'),
+  [
+    ({'axes': 2}, ['axes must lie within the axes', 'got 2', "'w'", '(4, 6)', 'None']),
+    ({'axes': (0, -3)}, ['axes must lie within the axes', 'got (0, -3)']),
+    ({'axes': {'w': 'x'}}, ['axes must lie within the axes', 'got x', "'w'"]),
+    (
+      {'axes': (0, 1), 'batch_axes': -1, 'blocks': 'all'},
+      ['axes must not be batch axes', 'axes=(0, 1)', "'all'", '(1,)', 'one of them'],
+    ),
+    ({'axes': {'x': 0}}, ['axes must be a tree', "'x'", 'a function']),
+  ],
+)
+def test_bad_axes(make, options, parts):
+  params = {'w': jnp.ones((4, 6))}
+  estimator = make(**options)
+  with pytest.raises(ValueError, match=re.escape(parts[0])) as error:
+    estimator.init(params)
+  assert all(part in str(error.value) for part in parts)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])

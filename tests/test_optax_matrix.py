@@ -57,6 +57,31 @@ def _bsfa_adamw_chain(
   )
 
 
+def _accelerate(
+  learning_rate: optax.ScalarOrSchedule, alpha=0.5, gamma=2.0, estimator=None
+):
+  metric = optax.scale_by_adam(b1=0.0)
+  return bsfa_optax.accelerate(
+    optax.adamw(learning_rate), alpha, gamma, history=metric, estimator=estimator
+  )
+
+
+def _split(learning_rate: optax.ScalarOrSchedule, estimator=None):
+  return bsfa_optax.split_by_subspace(
+    estimator or bsfa_optax.kronecker(),
+    dominant=optax.adam(learning_rate),
+    bulk=optax.sgd(learning_rate),
+  )
+
+
+def _interpolated(
+  learning_rate: optax.ScalarOrSchedule, alpha=0.5, gamma=2.0, estimator=None
+):
+  return bsfa_optax.interpolated(
+    optax.adam(learning_rate), alpha, gamma, estimator=estimator, threshold=0.1
+  )
+
+
 @functools.wraps(bsfa_optax.bsfa_adamw)
 def _bsfa_adamw(*args, **kwargs):
   return bsfa_optax.bsfa_adamw(*args, **kwargs)
@@ -69,11 +94,17 @@ FACTORIES = {
   'bsfa_adamw_chain': _bsfa_adamw_chain,
   'bsfa_adamw': _bsfa_adamw,
 }
+OTHER_FORMS = {
+  'accelerate': _accelerate,
+  'split': _split,
+  'interpolated': _interpolated,
+}
 ESTIMATORS = {
   'default': lambda: None,
   'pca': _small_pca,
   'window': lambda: _small_pca(decay=0.0),
   'joint': _joint_pca,
+  'dct': lambda: bsfa_optax.dct(rank=1),
 }
 TARGETS = {
   'parabola': _common_test._setup_parabola,
@@ -84,7 +115,9 @@ TARGETS = {
 
 # Every placement with the default and with PCA, every estimator in one placement.
 ENTRIES = [(name, kind) for name in FACTORIES for kind in ('default', 'pca')]
-ENTRIES += [('adamw_bsfa', 'window'), ('adamw_bsfa', 'joint')]
+ENTRIES += [('adamw_bsfa', kind) for kind in ('window', 'joint', 'dct')]
+ENTRIES += [(name, 'pca') for name in OTHER_FORMS]
+FACTORIES |= OTHER_FORMS
 every_entry = pytest.mark.parametrize(('opt_name', 'estimator'), ENTRIES)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bsfa_optax import _blocks, _check, _linalg, _stack
+from bsfa_optax import _blocks, _check, _linalg, _separable, _stack
 from bsfa_optax._estimator import Estimator
 
 
@@ -47,9 +48,11 @@ def kronecker(
   refresh_every: int = 2,
   max_size: int = 2048,
   max_ratio: float = 4.0,
+  axes: _blocks.BatchAxes = None,
   storage_dtype: Any = jnp.float32,
   blocks: _blocks.BlockLabels = None,
   batch_axes: _blocks.BatchAxes = None,
+  axis_name: str | Sequence[str] | None = None,
 ) -> Estimator:
   r"""Principal components with a Kronecker-factored covariance of the updates.
 
@@ -66,11 +69,13 @@ def kronecker(
   decayed eigenvalues, and rotates the basis by the eigenvectors of the sum. The
   memory for an (m, n) matrix is ``m * m + n * n`` entries.
 
-  On a mesh the eigenvectors are replicated. A rotation along an unsharded axis is
-  local, and a refresh sums a second moment, of ``n * n`` entries, over the devices. A
-  rotation along a sharded axis all-gathers the update along it: twice a step, there and
-  back, and three times more at a refresh. `pca` never communicates more than small
-  matrices.
+  On a mesh the eigenvectors are replicated, and along an axis that is not sharded the
+  update is rotated where it is. Name these axes in `axes`. Then, on one mesh axis, a
+  step of `bsfa_optax.bsfa` has two all-reduces (is the update finite; norms) and a
+  refresh one more, of the second moments of the factored axes, ``n * n`` entries for
+  an axis of n: XLA merges those of all leaves. A rotation along a sharded axis
+  all-gathers the update along it: twice a step, there and back, and three times more
+  at a refresh.
 
   Args:
     decay: weight of the past at a refresh, in [0, 1).
@@ -79,10 +84,17 @@ def kronecker(
       embedding. A refresh costs about ``9 * n**3`` operations for an axis of n.
     max_ratio: nor have axes with more than this many times the entries of all other
       axes together: the factor would cost far more than the update.
+    axes: the axes that may have a factor, within `max_size` and `max_ratio`: a tree
+      like the parameters (or a prefix of it) with leaves None, int or tuple of ints, or
+      a function from parameters to such a tree. None stands for all but the batch
+      axes. A leaf without a factored axis is left alone.
     storage_dtype: dtype of the stored eigenvectors.
     blocks: labels of the leaves to filter, None for those to leave alone; see
       `bsfa_optax.pca`. Here every leaf is a block of its own.
     batch_axes: axes that index blocks within a leaf; see `bsfa_optax.pca`.
+    axis_name: mesh axes of ``jax.shard_map`` that split the parameters; see
+      `bsfa_optax.pca`. They must not split batch axes nor `axes`, which have to be
+      given for each leaf that is split.
 
   Returns:
     An `Estimator`. It is the identity until the first refresh, after `refresh_every`
@@ -90,7 +102,8 @@ def kronecker(
 
   Raises:
     ValueError: for an option out of range, with its name, value and remedy, and at
-      ``init`` if one label stands for several leaves.
+      ``init`` if one label stands for several leaves, or `axes` names an axis that a
+      leaf has not or that is a batch axis.
 
   Examples:
     >>> import bsfa_optax, jax, jax.numpy as jnp
@@ -98,6 +111,19 @@ def kronecker(
     >>> matrix = jax.ShapeDtypeStruct((128, 256), jnp.float32)
     >>> bsfa_optax.state_bytes(tx, matrix) // 4 - (128**2 + 128) - (256**2 + 256)
     4
+
+    The axes that a mesh leaves whole:
+
+    >>> def whole(x):
+    ...   spec = (*x.sharding.spec, *[None] * x.ndim)
+    ...   return tuple(axis for axis in range(x.ndim) if spec[axis] is None)
+    >>> mesh = jax.make_mesh((1,), ('fsdp',))
+    >>> sharding = jax.NamedSharding(mesh, jax.P('fsdp', None))
+    >>> params = {'kernel': jax.device_put(jnp.ones((8, 4)), sharding)}
+    >>> axes = jax.tree.map(whole, params)
+    >>> axes
+    {'kernel': (1,)}
+    >>> estimator = bsfa_optax.kronecker(axes=axes)
 
   References:
     Gupta, Koren, Singer, `Shampoo: Preconditioned Stochastic Tensor Optimization
@@ -113,45 +139,47 @@ def kronecker(
   _check.floating('storage_dtype', storage_dtype)
 
   def partition(params):
-    parts = _blocks.resolve(params, blocks, batch_axes)
-    for block in parts.blocks:
-      if len(block.leaves) > 1:
-        raise ValueError(
-          'blocks must label every leaf differently for kronecker, got'
-          f' {block.label!r} for {len(block.leaves)} leaves; use pca for blocks of'
-          ' several leaves.'
-        )
-    return parts
+    return _separable.partition('kronecker', params, blocks, batch_axes, axis_name)
 
-  def factored_axes(shape, batch):
-    size = 1
-    for axis, n in enumerate(shape):
-      size *= 1 if axis in batch else n
-    return tuple(
-      axis
-      for axis, n in enumerate(shape)
-      if axis not in batch and 1 < n <= max_size and n <= max_ratio * (size // n)
-    )
+  def factored_axes(params, parts):
+    """For each leaf in a block the axes with a factor."""
+    named = _separable.named_axes(params, parts, axes)
+    # Shards are smaller, but no factored axis is split: all devices agree.
+    return [
+      tuple(
+        axis
+        for axis in allowed
+        if 1 < (n := x.shape[axis]) <= max_size and n <= max_ratio * (block.size // n)
+      )
+      for x, allowed, block in zip(
+        parts.select(_blocks.unbox(params)), named, parts.blocks, strict=True
+      )
+    ]
 
   def leaves_of(parts, tree, state):
     """Leaf, factors, factored axes and batch axes of each leaf in a block."""
     factors = jax.tree.leaves(state.factors, is_leaf=_is_factors)
     factors = [x for x in factors if _is_factors(x)]
-    return [
-      (x, factor, factored_axes(x.shape, batch), batch)
-      for x, factor, batch in zip(
-        parts.select(tree), factors, parts.batch_axes, strict=True
+    return list(
+      zip(
+        parts.select(tree),
+        factors,
+        factored_axes(tree, parts),
+        parts.batch_axes,
+        strict=True,
       )
-    ]
+    )
 
   def init(params):
     parts = partition(params)
     leaves, structure = jax.tree.flatten(_blocks.unbox(params))
     factors: list[Any] = [optax.MaskedNode()] * len(leaves)
-    for i, batch in zip(parts.leaves, parts.batch_axes, strict=True):
+    for i, factored, batch in zip(
+      parts.leaves, factored_axes(params, parts), parts.batch_axes, strict=True
+    ):
       shape = leaves[i].shape
       stack = tuple(shape[axis] for axis in batch)
-      sizes = [shape[axis] for axis in factored_axes(shape, batch)]
+      sizes = [shape[axis] for axis in factored]
       eye = lambda n, stack=stack: jnp.tile(
         jnp.eye(n, dtype=storage_dtype), (*stack, 1, 1)
       )
@@ -167,17 +195,22 @@ def kronecker(
 
   def refresh(updates, state):
     parts = partition(updates)
-    bases, spectra, moments = {}, {}, {}  # by (leaf, axis)
-    for i, (v, factor, axes, batch) in enumerate(leaves_of(parts, updates, state)):
-      rotated = _stack.rotate(v, factor.basis, axes, batch)
-      norm = _stack.squared_norm(rotated, batch)[..., None, None]
-      norm = jnp.where(norm > 0, norm, 1)
-      for axis, basis, spectrum in zip(axes, *factor, strict=True):
-        moment = (_stack.second_moment(rotated, axis, batch) / norm).astype(jnp.float32)
+    leaves = leaves_of(parts, updates, state)
+    local = []
+    for v, factor, factored, batch in leaves:
+      rotated = _stack.rotate(v, factor.basis, factored, batch)
+      local.append([_stack.second_moment(rotated, axis, batch) for axis in factored])
+    bases, moments = {}, {}  # by (leaf, axis)
+    for i, sums in enumerate(parts.sum_over_shards(local)):
+      _, factor, factored, batch = leaves[i]
+      for axis, basis, spectrum, moment in zip(factored, *factor, sums, strict=True):
+        norm = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None]
+        moment = (moment / jnp.where(norm > 0, norm, 1)).astype(jnp.float32)
         eye = jnp.eye(spectrum.shape[-1], dtype=spectrum.dtype)
         past = spectrum[..., None] * eye.reshape((1,) * len(batch) + eye.shape)
         bases[i, axis] = basis
         moments[i, axis] = decay * past + (1 - decay) * moment
+    spectra = {}
     # All decompositions of one size are one batch.
     for n in sorted({m.shape[-1] for m in moments.values()}):
       keys = [key for key, m in moments.items() if m.shape[-1] == n]
@@ -193,21 +226,23 @@ def kronecker(
         spectra[key] = jnp.maximum(values[start:stop], 0).reshape(shape[:-1])
         start = stop
     new, explained = [], []
-    for i, (v, _, axes, batch) in enumerate(leaves_of(parts, updates, state)):
+    for i, (v, _, factored, batch) in enumerate(leaves):
       factor = Factors(
-        tuple(bases[i, axis] for axis in axes), tuple(spectra[i, axis] for axis in axes)
+        tuple(bases[i, axis] for axis in factored),
+        tuple(spectra[i, axis] for axis in factored),
       )
-      variance = relative_variance(factor, v.ndim, axes, batch)
+      variance = relative_variance(factor, v.ndim, factored, batch)
       inside = jnp.where(variance > 1, variance, 0)
       rest = tuple(axis for axis in range(v.ndim) if axis not in batch)
-      explained.append(inside.mean(rest))
+      shape = tuple(v.shape[axis] for axis in batch)
+      explained.append(jnp.broadcast_to(inside.mean(rest), shape).reshape(-1))
       new.append(factor)
     position = iter(new)
     return state._replace(
       factors=jax.tree.map(
         lambda _: next(position), state.factors, is_leaf=_is_factors
       ),
-      explained_variance=parts.gather(explained),
+      explained_variance=jnp.concatenate(explained),
     )
 
   def update(updates, state, params=None, **extra_args):
@@ -223,27 +258,23 @@ def kronecker(
     if not parts.count:
       return updates, jnp.zeros_like(state.explained_variance)
     active = state.kronecker_step >= refresh_every
-    filtered, inside = [], []
-    for v, factor, axes, batch in leaves_of(parts, updates, state):
-      rotated = _stack.rotate(v, factor.basis, axes, batch)
-      variance = relative_variance(factor, v.ndim, axes, batch)
+    filtered, norms = [], []
+    for v, factor, factored, batch in leaves_of(parts, updates, state):
+      rotated = _stack.rotate(v, factor.basis, factored, batch)
+      variance = relative_variance(factor, v.ndim, factored, batch)
       rest = tuple(axis for axis in range(v.ndim) if axis not in batch)
       # A leaf without a factored axis has no directions: it is left alone.
-      learned = active & bool(axes) & (variance > 0).any(rest, keepdims=True)
+      learned = active & bool(factored) & (variance > 0).any(rest, keepdims=True)
       dominant = learned & (variance > 1)
-      # Written as a change of what f makes of the mean variance, so that f = 1 gives
-      # back the update to the last bit.
-      single = (1,) * v.ndim
-      one, no = jnp.ones(single, variance.dtype), jnp.zeros(single, bool)
-      base = jnp.where(learned, f(one, no), 1)
-      excess = jnp.where(learned, f(variance, dominant) - base, 0)
-      change = excess.astype(rotated.dtype) * rotated
-      change = _stack.rotate(change, factor.basis, axes, batch, inverse=True)
-      out = base.astype(change.dtype) * v.astype(change.dtype) + change
-      filtered.append(out.astype(v.dtype))
-      inside.append(jnp.where(dominant, rotated, 0))
-    norm = _stack.block_squared_norm(parts, parts.select(updates))
-    fraction = _stack.block_squared_norm(parts, inside) / jnp.where(norm > 0, norm, 1)
+      filtered.append(
+        _separable.filtered(
+          f, v, rotated, factor.basis, factored, batch, variance, dominant, learned
+        )
+      )
+      both = (rotated, jnp.where(dominant, rotated, 0))
+      norms.append(jnp.stack([_stack.squared_norm(x, batch) for x in both], -1))
+    norm, inside = parts.gather(norms, 1).T
+    fraction = inside / jnp.where(norm > 0, norm, 1)
     return parts.replace(updates, filtered), jnp.sqrt(fraction)
 
   return Estimator(init, update, apply, partition)

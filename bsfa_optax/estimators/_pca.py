@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsfa_optax import _blocks, _check, _stack, _svd
+from bsfa_optax import _blocks, _check, _low_rank, _stack, _svd
 from bsfa_optax._estimator import Estimator
 
 
@@ -265,33 +265,15 @@ def pca(
     parts = partition(updates)
     if not parts.count:
       return updates, jnp.zeros_like(state.total_variance)
-    values = parts.select(updates)
-    basis = jax.tree.leaves(state.basis)
     active = state.pca_step >= first_refresh
     total, variance = state.total_variance, state.variance
     active &= total > 0
     mean = jnp.where(active, total, 1) / jnp.array(parts.sizes, total.dtype)
     rest = jnp.array([max(n - rank, 1) for n in parts.sizes], total.dtype)
     rest = (total - variance.sum(1)) / rest / mean  # per direction, relative
-    f_kept = f(variance / mean[:, None], variance > 0)
-    f_rest = jnp.where(active, f(rest, jnp.zeros_like(active)), 1)
-
-    along = _svd.contract(parts, basis, [v[None] for v in values])[:, :, 0]
-    kept = active[:, None] & (variance > 0)
-    excess = jnp.where(kept, f_kept - f_rest[:, None], 0) * along
-    changes = _svd.combine(parts, excess[:, None, :], basis)
-    filtered = []
-    for v, change, base, axes in zip(
-      values, changes, parts.scatter(f_rest), parts.batch_axes, strict=True
-    ):
-      dtype = np.promote_types(v.dtype, change.dtype)
-      base = _stack.expand(base.astype(dtype), v, axes)
-      out = base * v.astype(dtype) + change[0].astype(dtype)
-      filtered.append(out.astype(v.dtype))
-    norm = _stack.block_squared_norm(parts, values)
-    inside = jnp.where(kept, jnp.square(along), 0).sum(1)
-    fraction = jnp.sqrt(inside / jnp.where(norm > 0, norm, 1)).astype(total.dtype)
-    return parts.replace(updates, filtered), fraction
+    basis = jax.tree.leaves(state.basis)
+    relative = variance / mean[:, None]
+    return _low_rank.apply(f, updates, parts, basis, relative, rest, active)
 
   return Estimator(init, update, apply, partition)
 

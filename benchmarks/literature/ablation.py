@@ -1,0 +1,225 @@
+"""What alpha and gamma do, and the same for the whole update: MLP on MNIST."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import optax
+from tqdm import tqdm
+
+from benchmarks import report
+from benchmarks.literature import common
+from benchmarks.literature.speedup import rise, WARMUP
+import bsfa_optax
+from bsfa_optax import Estimator, kronecker, pca
+
+NAME = 'ablation'
+STEPS = 300
+RATE = 0.2  # the best of plain SGD, see speedup.py
+WHOLE = (1.0, 2.0, 2.83, 4.0, 5.66, 8.0)
+
+
+class Study(NamedTuple):
+  """An estimator and where it is looked at.
+
+  Attributes:
+    title: for the figure.
+    estimator: makes the estimator.
+    alphas: multipliers of the dominant part, up to scaling the whole update.
+    at_gamma: the gamma of these.
+    gammas: multipliers of the bulk, with alpha 1.
+  """
+
+  title: str
+  estimator: Callable[[], Estimator]
+  alphas: tuple[float, ...]
+  at_gamma: float
+  gammas: tuple[float, ...]
+
+
+STUDIES = {
+  'kronecker': Study(
+    'Kronecker',
+    lambda: kronecker(refresh_every=20),
+    (0.0, 0.25, 1.0, 2.0, 4.0, 8.0),
+    8.0,
+    (1.0, 2.0, 4.0, 8.0, 16.0),
+  ),
+  'pca': Study(
+    'decayed PCA, k = 20',
+    lambda: pca(20, 8, decay=0.97),
+    (0.0, 0.5, 1.0, 2.0, 4.0),
+    4.0,
+    (1.0, 2.0, 4.0, 8.0),
+  ),
+}
+
+
+def make(estimator: Estimator) -> common.Make:
+  """SGD and a filter whose multipliers rise (or fall) from 1 in the first steps."""
+  return lambda hyper: optax.chain(
+    optax.sgd(RATE),
+    bsfa_optax.bsfa(
+      rise(1.0, hyper['alpha']), rise(1.0, hyper['gamma']), estimator=estimator
+    ),
+  )
+
+
+def whole(hyper: common.Traced) -> optax.GradientTransformation:
+  return optax.sgd(rise(RATE, RATE * hyper['gamma']))
+
+
+def points(study: Study) -> Iterator[common.Hyper]:
+  for alpha in study.alphas:
+    yield {'alpha': alpha, 'gamma': study.at_gamma}
+  for gamma in study.gammas:
+    if gamma != study.at_gamma or 1.0 not in study.alphas:
+      yield {'alpha': 1.0, 'gamma': gamma}
+
+
+def run(data: Path, seeds: list[int], results: Path) -> None:
+  """Trains at all points of the three panels."""
+  network = common.Network(data)
+  plans = {'whole': (whole, [{'gamma': gamma} for gamma in WHOLE])}
+  for name, study in STUDIES.items():
+    plans[name] = make(study.estimator()), list(points(study))
+  for name, (optimizer, hypers) in plans.items():
+    trainer = common.Trainer(network, optimizer)
+    for seed in seeds:
+      for hyper in hypers:
+        path = results / NAME / common.file_name(name, hyper, seed)
+        result = common.stored(
+          path,
+          lambda path=path, hyper=hyper, seed=seed, trainer=trainer: trainer.train(
+            hyper, seed, STEPS, path.stem
+          ),
+        )
+        outcome = 'diverged' if result['diverged'] else result['full_set_losses'][-1]
+        tqdm.write(f'{path.stem}: {outcome}, {result["spikes"]} spikes')
+
+
+def at(
+  found: dict[str, common.Result], name: str, hyper: common.Hyper
+) -> list[common.Result]:
+  """The results at one point, one a seed."""
+  return [
+    result
+    for stem, result in found.items()
+    if result['hyper'] == hyper
+    and f'{stem}.json' == common.file_name(name, hyper, result['seed'])
+  ]
+
+
+def setbacks(result: common.Result) -> float:
+  """Percent of the looks, once alpha and gamma are there, that find a setback.
+
+  That is a loss of 5 % more than the lowest before. It is a finer measure than spikes.
+  """
+  losses = result['full_set_losses']
+  first = WARMUP // result['every']
+  found = [x > 1.05 * min(losses[:i]) for i, x in enumerate(losses) if i >= first]
+  return 100 * sum(found) / len(found)
+
+
+def speed(result: common.Result, plain: common.Result) -> float:
+  """Steps of plain SGD over the steps to its final loss; 0 if that is not reached."""
+  if result['diverged']:
+    return 0.0
+  target = common.smoothed(plain['full_set_losses'])[-1]
+  step = common.crossing(result['full_set_losses'], result['every'], target)
+  return STEPS / step if step else 0.0
+
+
+def last(result: common.Result) -> float:
+  return common.smoothed(result['full_set_losses'])[-1]
+
+
+def plot(results: Path, figures: Path) -> None:
+  """Three panels: alpha, gamma, and gamma of the filter against that of everything."""
+  found = common.load(results / NAME)
+  plain = {result['seed']: result for result in at(found, 'whole', {'gamma': 1.0})}
+  figure, (unsteady, fast, final) = plt.subplots(
+    1, 3, figsize=(13, 4.3), layout='constrained'
+  )
+
+  def draw(axes, name, hypers, x, measure, **style):
+    """Bands over the points at which no seed diverged, crosses at the others."""
+    rows, shown = [], []
+    for position, hyper in zip(x, hypers, strict=True):
+      here = at(found, name, hyper)
+      if here and not any(result['diverged'] for result in here):
+        shown.append(position)
+        rows.append([measure(result) for result in here])
+    common.band(axes, shown, rows, marker='o', **style)
+
+  def crosses(axes, name, hypers, x, height, color):
+    """Where some seed diverged, with how many."""
+    for position, hyper in zip(x, hypers, strict=True):
+      here = at(found, name, hyper)
+      gone = sum(result['diverged'] for result in here)
+      if gone:
+        place = {'transform': axes.get_xaxis_transform(), 'color': color}
+        axes.plot(position, height, 'x', markersize=9, markeredgewidth=2, **place)
+        text = f'{gone}/{len(here)}'
+        axes.text(position, height - 0.03, text, ha='center', va='top', **place)
+
+  for number, (name, study) in enumerate(STUDIES.items()):
+    color = f'C{number}'
+    height = 0.95 - 0.12 * number
+    hypers = [{'alpha': alpha, 'gamma': study.at_gamma} for alpha in study.alphas]
+    x = [alpha / study.at_gamma for alpha in study.alphas]
+    label = f'{study.title}, gamma {study.at_gamma:g}'
+    draw(unsteady, name, hypers, x, setbacks, color=color, label=label)
+    crosses(unsteady, name, hypers, x, height, color)
+    hypers = [{'alpha': 1.0, 'gamma': gamma} for gamma in study.gammas]
+    x = study.gammas
+    label = f'{study.title}, alpha 1'
+    draw(
+      fast,
+      name,
+      hypers,
+      x,
+      lambda r: speed(r, plain[r['seed']]),
+      color=color,
+      label=label,
+    )
+    crosses(fast, name, hypers, x, height, color)
+    draw(final, name, hypers, x, last, color=color, label=label)
+    crosses(final, name, hypers, x, height, color)
+  hypers = [{'gamma': gamma} for gamma in WHOLE]
+  draw(final, 'whole', hypers, WHOLE, last, color='k', label='the whole update')
+  crosses(final, 'whole', hypers, WHOLE, 0.71, 'k')
+  unsteady.set(
+    xlabel='alpha / gamma (at 1 the whole update is scaled)',
+    ylabel='setbacks of over 5 %, % of looks at the loss',
+    ylim=(-4, 104),
+    title='alpha: steadiness',
+  )
+  fast.set(
+    xscale='log',
+    xlabel='gamma',
+    ylabel="plain SGD's steps over steps to its loss",
+    title='gamma: speed',
+  )
+  final.set(
+    xscale='log',
+    xlabel='gamma',
+    ylabel=f'loss on all 5,000 images after {STEPS} steps',
+    title='gamma of the bulk or of the whole update',
+  )
+  for axes in (fast, final):
+    axes.set_xticks([1, 2, 4, 8, 16], ['1', '2', '4', '8', '16'], minor=False)
+    axes.minorticks_off()
+  unsteady.legend(fontsize='small', loc='center right')
+  fast.legend(fontsize='small', loc='lower right')
+  bottom, top = final.get_ylim()
+  final.set_ylim(bottom - 0.35 * (top - bottom), top)  # for the legend
+  final.legend(fontsize='small', loc='lower left')
+  figure.supxlabel(
+    'lines: mean and range over seeds; crosses: diverged, in how many of the seeds',
+    fontsize='small',
+  )
+  report.save(figure, figures / 'literature-ablation.png')

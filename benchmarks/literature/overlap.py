@@ -1,0 +1,515 @@
+"""How much of the true Hessian's top space each estimator finds, along training.
+
+One run trains a model by its base optimizer alone; nothing is filtered. All estimators
+watch the same run. At some steps the top space of each block's Hessian is computed on a
+larger batch, and the overlap of each estimator's dominant space with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import functools
+import json
+from pathlib import Path
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from benchmarks import report, runs, tasks
+from benchmarks.examples import Llama, next_token_loss, PRESETS, training_batch
+from benchmarks.tasks import Problem
+from bsfa_optax import dct, diagnostics, Estimator, hessian_lanczos, kronecker, pca
+
+NAME = 'overlap'
+CHUNK = 64  # steps between two looks; a multiple of every window and refresh interval
+HESSIAN_BATCHES = 1_000_000  # `step` of the batches for the Hessian: never trained on
+WINDOWS = (8, 16, 32, 64)
+DECAYS = (0.9, 0.95, 0.99)
+RANKS = (8, 16, 32)
+MINI_BATCH_HESSIAN = 'mini-batch Hessian'
+SOURCES = ('updates', 'gradients', 'gradients in the metric')
+
+
+class Setting(NamedTuple):
+  """A model and its base optimizer.
+
+  Attributes:
+    title: for the figure.
+    build: folder of the data sets to the problem.
+    optimizer: the base optimizer.
+    b2: decay of its second moment; None for SGD, whose updates and gradients span the
+      same space and whose metric is that of the parameters.
+    steps: where to measure, multiples of `CHUNK`.
+    batches: batches of the problem that the Hessian is taken over.
+    blocks: labels of the leaves, see `bsfa_optax.pca`.
+    rank: top eigenvectors of each block's Hessian.
+  """
+
+  title: str
+  build: Callable[[Path], Problem]
+  optimizer: optax.GradientTransformation
+  b2: float | None
+  steps: tuple[int, ...]
+  batches: int
+  blocks: Any = None
+  rank: int = 8
+
+  @property
+  def sources(self) -> tuple[str, ...]:
+    return SOURCES if self.b2 else ('gradients',)
+
+
+def small_llama(folder: Path) -> Problem:
+  """A LLaMA of 2 layers and width 64 on bytes of the novels."""
+  config = PRESETS['small'].model._replace(width=64, layers=2, feedforward=172)
+  rows, context = 32, 32
+  text = tasks.read_bytes('novels', folder)
+  init, module = tasks._functional(lambda rngs: Llama(config, rngs=rngs))
+  return Problem(
+    init,
+    lambda params, batch: next_token_loss(module(params), batch),
+    lambda seed, step: training_batch(text.train, rows, context, seed, step),
+    lambda params: {},
+    {
+      'model': config._asdict(),
+      'rows': rows,
+      'context': context,
+      'text': text.fingerprint(),
+    },
+  )
+
+
+def last_layer(params: Any) -> Any:
+  """Blocks of `small_llama`: four matrices of the last layer and the output layer."""
+  chosen = ('layers.1.attention.query', 'layers.1.attention.output')
+  chosen += ('layers.1.mlp.up', 'layers.1.mlp.down', 'head')
+
+  def label(path, leaf):
+    del leaf
+    name = '.'.join(str(key.key) for key in path[:-1])
+    return name.removeprefix('layers.1.') if name in chosen else None
+
+  return jax.tree_util.tree_map_with_path(label, params)
+
+
+def hidden(params: Any) -> Any:
+  """Blocks of the MLP: the matrices of its hidden layers.
+
+  The Hessian of the output layer is that of ten independent linear regressions: every
+  eigenvalue is there ten times, so that no top space of another rank is determined.
+  """
+
+  def label(path, leaf):
+    first, *inner = (str(key.key) for key in path)
+    return f'hidden layer {inner[0]}' if first == 'layers' and leaf.ndim > 1 else None
+
+  return jax.tree_util.tree_map_with_path(label, params)
+
+
+mlp = tasks.TASKS['mlp-mnist5k'].build
+SETTINGS = {
+  'mlp-sgd': Setting(
+    'MLP, SGD', mlp, optax.sgd(0.1), None, (64, 128, 256, 512, 1024), 20, hidden
+  ),
+  'mlp-adam': Setting(
+    'MLP, Adam', mlp, optax.adam(1e-3), 0.999, (64, 128, 256, 512), 20, hidden
+  ),
+  'llama-adam': Setting(
+    'LLaMA, Adam',
+    small_llama,
+    optax.adam(optax.schedules.warmup_constant_schedule(0.0, 3e-3, 50), b2=0.95),
+    0.95,
+    (64, 192, 448),
+    4,
+    last_layer,
+  ),
+}
+
+
+class Watcher(NamedTuple):
+  """An estimator that only learns.
+
+  Attributes:
+    estimator: what learns.
+    recent: the last `CHUNK` updates make its whole state, so that it need not see more.
+  """
+
+  estimator: Estimator
+  recent: bool = False
+
+
+def watchers(blocks: Any) -> dict[str, Watcher]:
+  """All that watch each source."""
+  chosen = {
+    f'window {m}, rank 8': Watcher(
+      pca(8, history=m, decay=0.0, blocks=blocks), recent=True
+    )
+    for m in WINDOWS
+  }
+  pairs = [(0.95, k) for k in RANKS] + [(decay, 16) for decay in DECAYS]
+  for decay, rank in dict.fromkeys(pairs):
+    chosen[f'decay {decay:g}, rank {rank}'] = Watcher(
+      pca(rank, history=8, decay=decay, blocks=blocks)
+    )
+  chosen['kronecker'] = Watcher(kronecker(blocks=blocks))
+  chosen['dct'] = Watcher(dct(blocks=blocks), recent=True)
+  return chosen
+
+
+class Chunk(NamedTuple):
+  """The state of a run after `step` steps, and what it saw in the last `CHUNK`."""
+
+  step: int
+  params: Any
+  history: dict[str, Any]  # of each source a stack (CHUNK, *shape) for each leaf
+  batch: Any  # the last one
+  loss: float  # mean over the chunk
+
+
+def trainer(problem: Problem, setting: Setting) -> Callable[[int], Iterator[Chunk]]:
+  """Seed to a run of the base optimizer, chunk by chunk."""
+  # As `bsfa_optax.accelerate` makes them.
+  metric = optax.scale_by_adam(b1=0.0, b2=setting.b2 or 0.999)
+
+  @jax.jit
+  def chunk(carry, batches):
+    def step(carry, batch):
+      params, state, metric_state = carry
+      loss, gradients = jax.value_and_grad(problem.loss)(params, batch)
+      updates, state = setting.optimizer.update(gradients, state, params)
+      scaled, metric_state = metric.update(gradients, metric_state)
+      seen = dict(zip(SOURCES, (updates, gradients, scaled), strict=True))
+      kept = {name: seen[name] for name in setting.sources}
+      params = optax.apply_updates(params, updates)
+      return (params, state, metric_state), (loss, kept)
+
+    return jax.lax.scan(step, carry, batches)
+
+  def train(seed):
+    params = problem.init(seed)
+    carry = params, setting.optimizer.init(params), metric.init(params)
+    for start in range(0, max(setting.steps), CHUNK):
+      drawn = [problem.batch(seed, start + i) for i in range(CHUNK)]
+      stacked = jax.tree.map(lambda *x: np.stack(x), *drawn)
+      carry, (losses, history) = chunk(carry, stacked)
+      yield Chunk(start + CHUNK, carry[0], history, drawn[-1], float(losses.mean()))
+
+  return train
+
+
+def larger_batch(problem: Problem, batches: int) -> Any:
+  """A batch for the Hessian, the same for all seeds and steps."""
+  drawn = [problem.batch(0, HESSIAN_BATCHES + i) for i in range(batches)]
+  return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)), *drawn)
+
+
+def learner(estimator: Estimator) -> Callable[[Any, Any], Any]:
+  """Jitted: state and a stack of updates to the state after them."""
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def learn(state, history):
+    step = lambda state, v: (estimator.update(v, state, None), None)
+    return jax.lax.scan(step, state, history)[0]
+
+  return learn
+
+
+def dominant_masks(estimator: Estimator, state: Any, update: Any) -> list[jax.Array]:
+  """What is dominant, in every call that `apply` makes of a spectral function."""
+  masks: list[jax.Array] = []
+
+  def record(variance, dominant):
+    masks.append(dominant)
+    return variance
+
+  estimator.apply(record, update, state)
+  return masks
+
+
+def held_projector(
+  estimator: Estimator, masks: list[jax.Array], state: Any
+) -> Callable[[Any], Any]:
+  """The projector on what the masks say; `dct` would choose anew for each vector."""
+
+  def project(tree):
+    position = iter(masks)
+    replay = lambda variance, _: next(position).astype(variance.dtype)
+    return estimator.apply(replay, tree, state)[0]
+
+  return project
+
+
+def dominant_size(
+  estimator: Estimator, masks: list[jax.Array], state: Any, update: Any
+) -> jax.Array:
+  """Dimensions of the dominant space of each block."""
+  if hasattr(state, 'basis'):
+    spectra = diagnostics.spectrum(state, estimator.blocks(update))
+    return jnp.stack([(x > 0).sum() for x in spectra])
+  # `kronecker` and `dct` call f for the rest and for the directions of each leaf.
+  leaves = estimator.blocks(update).select(update)
+  pairs = zip(masks[1::2], leaves, strict=True)
+  return jnp.stack([jnp.broadcast_to(m, x.shape).sum() for m, x in pairs])
+
+
+def rounded(x: Any, digits: int = 5) -> Any:
+  """As nested lists of numbers with so many significant digits."""
+  if np.ndim(x):
+    return [rounded(y, digits) for y in np.asarray(x)]
+  return float(f'{float(x):.{digits}g}')
+
+
+class Meter:
+  """What a setting needs for its measurements, compiled once for all seeds."""
+
+  def __init__(self, setting: Setting, problem: Problem):
+    self.setting, self.problem = setting, problem
+    self.train = trainer(problem, setting)
+    self.blocks = diagnostics.partition(problem.init(0), setting.blocks)
+    self.batch = larger_batch(problem, setting.batches)
+    self.watchers = watchers(setting.blocks)
+    self.learners = {name: learner(w.estimator) for name, w in self.watchers.items()}
+    self.compare = {
+      name: self._comparison(w.estimator) for name, w in self.watchers.items()
+    }
+    self.lanczos = hessian_lanczos(setting.rank, refresh_every=1, blocks=setting.blocks)
+    self.refresh = jax.jit(
+      lambda state, params, batch: self.lanczos.update(
+        params, state, params, value_fn=lambda p: problem.loss(p, batch)
+      )
+    )
+    self.compare[MINI_BATCH_HESSIAN] = self._comparison(self.lanczos)
+    self.top = jax.jit(
+      lambda params, batch: diagnostics.hessian_top_k(
+        lambda p: problem.loss(p, batch), params, setting.rank, self.blocks
+      )
+    )
+
+  def _comparison(self, estimator: Estimator) -> Callable:
+    """Jitted: overlap and dimensions of the dominant space of each block."""
+
+    @jax.jit
+    def compare(state, update, basis):
+      masks = dominant_masks(estimator, state, update)
+      project = held_projector(estimator, masks, state)
+      overlap = diagnostics.subspace_overlap(basis, project, self.blocks)
+      return overlap, dominant_size(estimator, masks, state, update)
+
+    def entry(state, update, basis):
+      overlap, size = compare(state, update, basis)
+      return {'overlap': rounded(overlap), 'dominant': size.tolist()}
+
+    return entry
+
+  def run(self, seed: int, bar: tqdm) -> dict[str, Any]:
+    begin, setting = time.monotonic(), self.setting
+    start = self.problem.init(seed)
+    states = {
+      (source, name): w.estimator.init(start)
+      for source in setting.sources
+      for name, w in self.watchers.items()
+      if not w.recent
+    }
+    curvature = self.lanczos.init(start)
+    measured = []
+    for chunk in self.train(seed):
+      for source, name in states:
+        states[source, name] = self.learners[name](
+          states[source, name], chunk.history[source]
+        )
+      curvature = self.refresh(curvature, chunk.params, chunk.batch)
+      bar.update()
+      if chunk.step not in setting.steps:
+        continue
+      top = self.top(chunk.params, self.batch)
+      entry = self.compare[MINI_BATCH_HESSIAN](curvature, start, top.basis)
+      found = [{'source': None, 'estimator': MINI_BATCH_HESSIAN} | entry]
+      for source in setting.sources:
+        for name, w in self.watchers.items():
+          history = chunk.history[source]
+          if w.recent:
+            state = self.learners[name](w.estimator.init(start), history)
+          else:
+            state = states[source, name]
+          last = jax.tree.map(lambda x: x[-1], history)
+          entry = self.compare[name](state, last, top.basis)
+          found.append({'source': source, 'estimator': name} | entry)
+      measured.append(
+        {
+          'step': chunk.step,
+          'loss': rounded(chunk.loss),
+          'eigenvalues': rounded(top.eigenvalues),
+          'residuals': rounded(top.residuals),
+          'overlaps': found,
+        }
+      )
+    return {
+      'blocks': self.blocks.names,
+      'sizes': self.blocks.sizes,
+      'seconds': round(time.monotonic() - begin),
+      'measured': measured,
+    }
+
+
+def run(data: Path, seeds: list[int], results: Path) -> None:
+  """Trains and measures what has no result yet."""
+  run_settings(NAME, SETTINGS, Meter, data, seeds, results)
+
+
+def run_settings(
+  name: str,
+  settings: dict[str, Setting],
+  make_meter: Callable[[Setting, Problem], Any],
+  data: Path,
+  seeds: list[int],
+  results: Path,
+) -> None:
+  """Each setting with each seed that has no result yet; saved one by one."""
+  for key, setting in settings.items():
+    paths = {seed: results / name / f'{key}-{seed}.json' for seed in seeds}
+    missing = {seed: path for seed, path in paths.items() if not path.exists()}
+    if not missing:
+      continue
+    problem = setting.build(data)
+    meter = make_meter(setting, problem)
+    total = len(missing) * max(setting.steps) // CHUNK
+    with tqdm(total=total, desc=f'{name} {key}', unit='chunk', disable=None) as bar:
+      for seed, path in missing.items():
+        found = meter.run(seed, bar)
+        header = {'setting': key, 'seed': seed, 'problem': problem.config}
+        footer = {'versions': runs.versions(), 'machine': runs.machine()}
+        runs.write_json(path, header | found | footer)
+
+
+# The figure.
+
+COLOURS = dict(zip(SOURCES, ('C0', 'C1', 'C2'), strict=True))
+REST = ('kronecker', 'dct')
+ALONG = {'window 64, rank 8': '-', 'kronecker': '-.'}
+
+
+def load(folder: Path, setting: str) -> list[dict[str, Any]]:
+  """The results of all seeds."""
+  found = [json.loads(path.read_text()) for path in folder.glob(f'{setting}-*.json')]
+  return sorted(found, key=lambda result: result['seed'])
+
+
+def picked(
+  found: list[dict], source: str | None, estimator: str, index: int = -1
+) -> tuple[np.ndarray, float]:
+  """Overlap in each seed at a measurement, and the chance level: means over blocks."""
+  overlaps, chances = [], []
+  for result in found:
+    (entry,) = (
+      e
+      for e in result['measured'][index]['overlaps']
+      if (e['source'], e['estimator']) == (source, estimator)
+    )
+    overlaps.append(np.mean(entry['overlap']))
+    chances.append(np.mean(np.array(entry['dominant']) / np.array(result['sizes'])))
+  return np.array(overlaps), float(np.mean(chances))
+
+
+def band(ax: Any, x: Any, values: Any, **style: Any) -> None:
+  """The mean over seeds of `(points, seeds)`, in a band from least to greatest."""
+  values = np.asarray(values)
+  (line,) = ax.plot(x, values.mean(1), marker='o', markersize=4, **style)
+  ax.fill_between(
+    x,
+    values.min(1),
+    values.max(1),
+    color=line.get_color(),
+    alpha=0.25,
+    linewidth=0,
+  )
+
+
+def plot(results: Path, figures: Path) -> None:
+  """A column for each setting, a row for each question."""
+  columns = {name: found for name in SETTINGS if (found := load(results / NAME, name))}
+  figure, axes = plt.subplots(
+    5,
+    len(columns),
+    figsize=(3.3 * len(columns) + 0.6, 13.5),
+    layout='constrained',
+    sharey=True,
+    squeeze=False,
+  )
+  for ax, (name, found) in zip(axes.T, columns.items(), strict=True):
+    _plot_column(ax, SETTINGS[name], found)
+  for ax in axes[:, 0]:
+    ax.set_ylabel("overlap with Hessian's top 8")
+  axes[0, 0].set_ylim(-0.02, 1.02)
+  handles = {}
+  for ax in axes.flat:
+    lines, labels = ax.get_legend_handles_labels()
+    handles |= dict(zip(labels, lines, strict=True))
+  figure.legend(
+    handles.values(),
+    handles.keys(),
+    loc='outside lower center',
+    ncols=2,
+    frameon=False,
+    fontsize='small',
+  )
+  report.save(figure, figures / f'literature-{NAME}.png')
+
+
+def _plot_column(axes: Any, setting: Setting, found: list[dict]) -> None:
+  by_window, by_decay, by_rank, others, along = axes
+  last = found[0]['measured'][-1]['step']
+  seeds = 'seed' if len(found) == 1 else 'seeds'
+  by_window.set_title(
+    f'{setting.title}, step {last}, {len(found)} {seeds}', fontsize=10
+  )
+  sweeps = (
+    (by_window, 'window, rank 8', WINDOWS, 'window {}, rank 8'),
+    (by_decay, 'decay, rank 16', DECAYS, 'decay {:g}, rank 16'),
+    (by_rank, 'rank, decay 0.95', RANKS, 'decay 0.95, rank {}'),
+  )
+  bound, _ = picked(found, None, MINI_BATCH_HESSIAN)
+  for ax, label, values, form in sweeps:
+    x = range(len(values))
+    for source in setting.sources:
+      overlaps = [picked(found, source, form.format(v))[0] for v in values]
+      band(ax, x, overlaps, color=COLOURS[source], label=_source_label(source))
+    chances = [picked(found, source, form.format(v))[1] for v in values]
+    ax.plot(x, chances, 'k:', label='by chance')
+    ax.axhline(bound.mean(), color='0.4', linestyle='--', label='mini-batch Hessian')
+    ax.set_xticks(x, [f'{v:g}' for v in values])
+    ax.set_xlabel(label)
+  for i, name in enumerate(REST):
+    for j, source in enumerate(setting.sources):
+      overlaps, chance = picked(found, source, name)
+      place = i + 0.25 * (j - (len(setting.sources) - 1) / 2)
+      others.bar(place, overlaps.mean(), 0.2, color=COLOURS[source], alpha=0.6)
+      others.plot([place] * len(overlaps), overlaps, 'k.', markersize=4)
+      others.plot([place - 0.11, place + 0.11], [chance] * 2, 'k:')
+  others.axhline(bound.mean(), color='0.4', linestyle='--')
+  others.set_xticks(range(len(REST)), REST)
+  steps = [m['step'] for m in found[0]['measured']]
+  for source in setting.sources:
+    for name, style in ALONG.items():
+      overlaps = [picked(found, source, name, i)[0] for i in range(len(steps))]
+      band(along, steps, overlaps, color=COLOURS[source], linestyle=style)
+  overlaps = [picked(found, None, MINI_BATCH_HESSIAN, i)[0] for i in range(len(steps))]
+  band(along, steps, overlaps, color='0.4', linestyle='--')
+  for name, style in ALONG.items():
+    along.plot([], [], color='0.4', linestyle=style, label=f'along training: {name}')
+  along.set(xscale='log', xlabel='step')
+  along.set_xticks(steps, [str(step) for step in steps])
+  along.minorticks_off()
+
+
+def _source_label(source: str) -> str:
+  return {
+    'updates': "the optimizer's updates",
+    'gradients': 'gradients (of SGD also the updates)',
+    'gradients in the metric': "gradients in Adam's metric",
+  }[source]

@@ -1,0 +1,311 @@
+"""Speed-up of every estimator over SGD at its best learning rate, MLP on MNIST."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from benchmarks import report
+from benchmarks.literature import common
+from benchmarks.literature.common import Hyper, Result
+import bsfa_optax
+from bsfa_optax import dct, Estimator, hessian_lanczos, kronecker, pca
+
+NAME = 'speedup'
+STEPS = 2000  # of SGD; the others have no more
+TRIALS = 6  # of every method on the first seed
+TRIAL_STEPS = 400
+WARMUP = 100  # steps in which gamma rises from 1: the start is the steepest
+RATES = [0.1, 0.141, 0.2, 0.238, 0.283, 0.4]  # of SGD
+
+
+CURVES = ('sgd', 'warmup', 'momentum-warmup', 'hessian', 'momentum-hessian')
+KINDS = {'0.6': 'no filter', 'C0': 'BSFA over SGD', 'C1': 'BSFA over momentum 0.9'}
+
+
+class Method(NamedTuple):
+  """What is compared with SGD.
+
+  Attributes:
+    title: for the figure.
+    estimator: makes the estimator; None for no filter.
+    momentum: of the SGD that is filtered.
+    warmed_up: whether the learning rate rises from 0, as gamma does from 1.
+    rate: where the search begins, in units of SGD's best rate.
+    graded: whether the filter is graded, with exponent 0.5.
+    alpha: where the search begins.
+    gamma: where the search begins.
+    hessian_images: how many images the Hessian is of.
+  """
+
+  title: str
+  estimator: Callable[[], Estimator] | None
+  momentum: float = 0.0
+  warmed_up: bool = False
+  rate: float = 1.0
+  graded: bool = False
+  alpha: float = 0.5
+  gamma: float = 4.0
+  hessian_images: int = 0
+
+
+METHODS = {
+  'warmup': Method('no filter, warm-up', None, warmed_up=True, rate=2**0.5),
+  'momentum': Method('no filter, momentum 0.9', None, momentum=0.9, rate=0.25),
+  'momentum-warmup': Method(
+    'no filter, momentum 0.9, warm-up',
+    None,
+    momentum=0.9,
+    warmed_up=True,
+    rate=2**0.5,
+  ),
+  'ppe': Method(
+    'PPE: window 32, k = 10', lambda: pca(10, 32, decay=0.0, refresh_every=8)
+  ),
+  'pca-20': Method('decayed PCA, k = 20', lambda: pca(20, 8, decay=0.97)),
+  'pca-40': Method('decayed PCA, k = 40', lambda: pca(40, 8, decay=0.97)),
+  'dct': Method('DCT, k = 16', lambda: dct(16)),
+  'kronecker': Method('Kronecker, two levels', lambda: kronecker(refresh_every=20)),
+  'kronecker-graded': Method(
+    'Kronecker, graded',
+    lambda: kronecker(refresh_every=20),
+    graded=True,
+    alpha=0.1,
+    gamma=8.0,
+  ),
+  'hessian': Method(
+    'Hessian of the network, k = 10',
+    lambda: hessian_lanczos(10, iterations=14, blocks='all'),
+    hessian_images=500,
+  ),
+  'hessian-blocks': Method(
+    'Hessian of each matrix, k = 10',
+    lambda: hessian_lanczos(10, iterations=14),
+    hessian_images=500,
+  ),
+  'momentum-hessian': Method(
+    'Hessian of the network, momentum 0.9',
+    lambda: hessian_lanczos(10, iterations=14, blocks='all'),
+    momentum=0.9,
+    rate=0.5,
+    gamma=2.0,
+    hessian_images=500,
+  ),
+  'momentum-kronecker-graded': Method(
+    'Kronecker, graded, momentum 0.9',
+    lambda: kronecker(refresh_every=20),
+    momentum=0.9,
+    rate=0.5,
+    graded=True,
+    alpha=0.2,
+    gamma=4.0,
+  ),
+}
+
+
+def sgd(hyper: common.Traced) -> optax.GradientTransformation:
+  return optax.sgd(hyper['rate'])
+
+
+def make(method: Method) -> common.Make:
+  """Scalar options to the optimizer."""
+
+  def base(hyper):
+    rate = hyper['rate']
+    rate = rise(0.0, rate) if method.warmed_up else rate
+    return optax.sgd(rate, momentum=method.momentum or None)
+
+  if method.estimator is None:
+    return base
+  estimator = method.estimator()
+  return lambda hyper: bsfa_optax.accelerate(
+    base(hyper),
+    hyper['alpha'],
+    rise(1.0, hyper['gamma']),
+    history=optax.identity(),  # with momentum the updates oscillate less
+    exponent=0.5 if method.graded else None,
+    estimator=estimator,
+  )
+
+
+def rise(start: float, end: Any) -> optax.Schedule:
+  return optax.schedules.linear_schedule(start, end, WARMUP)
+
+
+def final(result: Result) -> float:
+  """The loss that is to be reached; infinite if the run diverged."""
+  if result['diverged'] or len(result['full_set_losses']) < common.SMOOTHED:
+    return float('inf')
+  return common.smoothed(result['full_set_losses'])[-1]
+
+
+def moves(name: str, hyper: Hyper) -> list[Hyper]:
+  """Neighbours in the order in which they are tried."""
+  if METHODS[name].estimator is None:
+    return [{'rate': hyper['rate'] * x} for x in (2, 0.5, 2**0.5, 0.5**0.5)]
+  changes = [('gamma', 2), ('gamma', 0.5), ('alpha', 0.5), ('rate', 0.5**0.5)]
+  changes += [('alpha', 2), ('gamma', 2**0.5), ('gamma', 0.5**0.5)]
+  return [{**hyper, key: hyper[key] * x} for key, x in changes]
+
+
+def search(
+  start: Hyper,
+  neighbours: Callable[[Hyper], list[Hyper]],
+  judge: Callable[[Hyper], float],
+) -> Hyper:
+  """Goes to the first better neighbour until none is or the trials are spent."""
+  rounded = lambda hyper: {key: float(f'{x:.3g}') for key, x in hyper.items()}
+  best = rounded(start)
+  scores = {tuple(best.values()): judge(best)}
+  while True:
+    for hyper in map(rounded, neighbours(best)):
+      key = tuple(hyper.values())
+      if key in scores:
+        continue
+      if len(scores) == TRIALS:
+        return best
+      scores[key] = judge(hyper)
+      if scores[key] < scores[tuple(best.values())]:
+        best = hyper
+        break
+    else:
+      return best
+
+
+def run(data: Path, seeds: list[int], results: Path) -> None:
+  """Tunes SGD, then each method on the first seed, and runs the best with all seeds."""
+  folder = results / NAME
+  network = common.Network(data)
+  plain = common.Trainer(network, sgd)
+
+  def of_sgd(rate: float, seed: int) -> Result:
+    hyper = {'rate': rate}
+    path = folder / common.file_name('sgd', hyper, seed)
+    return common.stored(path, lambda: plain.train(hyper, seed, STEPS, path.stem))
+
+  first, *_ = seeds
+  best_rate = min(RATES, key=lambda rate: final(of_sgd(rate, first)))
+  targets = {seed: final(of_sgd(best_rate, seed)) for seed in seeds}
+  for name, method in METHODS.items():
+    trainer = common.Trainer(
+      network, make(method), hessian_images=method.hessian_images
+    )
+
+    def trial(hyper, name=name, trainer=trainer):
+      path = folder / f'trial-{common.file_name(name, hyper, first)}'
+      make_run = lambda: trainer.train(hyper, first, TRIAL_STEPS, path.stem)
+      return final(common.stored(path, make_run))
+
+    start = {'rate': best_rate * method.rate}
+    if method.estimator is not None:
+      start |= {'alpha': method.alpha, 'gamma': method.gamma}
+    best = search(start, lambda hyper, name=name: moves(name, hyper), trial)
+    while True:
+      tried = []
+      for seed in seeds:
+        path = folder / common.file_name(name, best, seed)
+        result = common.stored(
+          path,
+          lambda path=path, seed=seed, best=best, trainer=trainer: trainer.train(
+            best, seed, STEPS, path.stem, targets[seed]
+          ),
+        )
+        step = common.reached(result['full_set_losses'], result['every'], targets[seed])
+        tqdm.write(f'{path.stem}: {f"{STEPS / step:.2f}x" if step else "not reached"}')
+        tried.append(result)
+      if 'gamma' not in best or not any(result['diverged'] for result in tried):
+        break
+      best = {**best, 'gamma': best['gamma'] / 2}
+
+
+def tuned(results: Path) -> dict[str, dict[int, Result]]:
+  """The runs of SGD and of each method at the options chosen, by method and seed."""
+  found = common.load(results / NAME)
+  of = {}
+  for name in ('sgd', *METHODS):
+    runs_ = [
+      result
+      for stem, result in found.items()
+      if f'{stem}.json' == common.file_name(name, result['hyper'], result['seed'])
+    ]
+    by_hyper: dict[tuple, dict[int, Result]] = {}
+    for result in runs_:
+      key = tuple(result['hyper'].values())
+      by_hyper.setdefault(key, {})[result['seed']] = result
+    # SGD's rates were tried on the first seed. A filter that diverged with any seed
+    # was run again with half the gamma.
+    first = min((result['seed'] for result in runs_), default=0)
+    if name == 'sgd':
+      chosen = min(by_hyper.values(), key=lambda seeds: final(seeds[first]), default={})
+    else:
+      diverged = lambda seeds: sum(result['diverged'] for result in seeds.values())
+      chosen = min(by_hyper.values(), key=diverged, default={})
+    of[name] = chosen
+  return of
+
+
+def speed_ups(of: dict[str, dict[int, Result]]) -> dict[str, dict[int, float | None]]:
+  """SGD's steps over those of each method, by seed; None if the loss is not reached."""
+  ups: dict[str, dict[int, float | None]] = {}
+  for name in METHODS:
+    ups[name] = {}
+    for seed, result in of[name].items():
+      step = common.reached(
+        result['full_set_losses'], result['every'], final(of['sgd'][seed])
+      )
+      ups[name][seed] = STEPS / step if step else None
+  return ups
+
+
+def plot(results: Path, figures: Path) -> None:
+  """Bars of the speed-up with a dot a seed, and the curves of some."""
+  of = tuned(results)
+  ups = {name: values for name, values in speed_ups(of).items() if values}
+  figure, (left, right) = plt.subplots(
+    1, 2, figsize=(12, 5), layout='constrained', width_ratios=(3, 2)
+  )
+  for position, (name, values) in enumerate(ups.items()):
+    method = METHODS[name]
+    plain, steady, moving = KINDS
+    color = plain if method.estimator is None else moving if method.momentum else steady
+    reached = [x for x in values.values() if x is not None]
+    if reached:
+      left.barh(position, np.mean(reached), color=color, alpha=0.6)
+      left.plot(reached, [position] * len(reached), 'k.', markersize=5)
+      text = f'{np.mean(reached):.1f}x'
+      if len(reached) < len(values):
+        text += f' ({len(reached)} of {len(values)} seeds)'
+    else:
+      text = 'not reached'
+    left.text(max(reached, default=0) + 0.1, position, text, va='center')
+  left.set_yticks(range(len(ups)), [METHODS[name].title for name in ups])
+  left.invert_yaxis()
+  longest = max((x for values in ups.values() for x in values.values() if x), default=1)
+  left.set_xlim(0, 1.25 * longest)
+  left.axvline(1, color='k', linewidth=0.8)
+  for color, title in KINDS.items():
+    left.barh(0, 0, color=color, alpha=0.6, label=title)
+  left.legend(fontsize='small')
+  left.set_xlabel(f"SGD's {STEPS} steps over steps to its loss; a dot is a seed")
+  for name in CURVES:
+    runs_ = [r for r in of.get(name, {}).values() if not r['diverged']]
+    if runs_:
+      title = METHODS[name].title if name in METHODS else 'SGD, best constant rate'
+      curves = [result['full_set_losses'] for result in runs_]
+      length = min(map(len, curves))
+      steps = runs_[0]['every'] * np.arange(length)
+      common.band(right, steps, np.transpose([c[:length] for c in curves]), label=title)
+  right.set(
+    yscale='log',
+    xlabel='step',
+    ylabel='loss on all 5,000 images (line: mean, shade: range of seeds)',
+    ylim=(None, 0.1),
+  )
+  right.legend(fontsize='small')
+  report.save(figure, figures / 'literature-speedup.png')

@@ -1,0 +1,346 @@
+"""Tables and figures of docs/benchmarks.md, from the results alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+import math
+from pathlib import Path
+import statistics
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+from benchmarks import runs
+from benchmarks.contenders import CONTENDERS
+from benchmarks.examples import adamw_steps_worth
+from benchmarks.runs import Result
+from benchmarks.tasks import Task, TASKS
+
+PAGE = 'benchmarks.md'
+BEGIN, END = '<!-- generated: begin -->', '<!-- generated: end -->'
+SEEDS = 3  # fewer are reported as missing
+
+
+class Study(NamedTuple):
+  """The results of a task: AdamW's of any length, the others' of the task's own."""
+
+  name: str
+  task: Task
+  runs: dict[str, dict[float, dict[int, Result]]]  # contender, rate, seed
+  adamw: dict[int, list[Result]]  # seed; all lengths at the best rate
+  times: dict[str, dict]
+
+  @property
+  def contenders(self) -> list[str]:
+    """Those with results, in the order of the table of contenders."""
+    return [name for name in CONTENDERS if name in self.runs]
+
+  def scores(self, contender: str, rate: float) -> dict[int, float]:
+    found = self.runs[contender].get(rate, {})
+    return {seed: runs.score(self.task, result) for seed, result in found.items()}
+
+  def best_rate(self, contender: str) -> float | None:
+    results = [r for seeds in self.runs[contender].values() for r in seeds.values()]
+    return runs.best_rate(results, self.task, self.task.steps)
+
+
+class SpeedUp(NamedTuple):
+  """Steps of tuned AdamW over steps of a contender, for one seed.
+
+  `relation` is '=', or '<' or '>' where AdamW's runs are all too long or too short.
+  """
+
+  relation: str
+  factor: float
+
+
+def study(name: str, results: Iterable[Result], times: dict[str, dict]) -> Study:
+  """Sorts the results of a task."""
+  task = TASKS[name]
+  own: dict = defaultdict(lambda: defaultdict(dict))
+  longer = []
+  for result in results:
+    if result['steps'] == task.steps:
+      rate, seed = result['learning_rate'], result['seed']
+      own[result['contender']][rate][seed] = result
+    if result['contender'] == 'adamw':
+      longer.append(result)
+  sorted_ = Study(name, task, own, defaultdict(list), times)
+  best = sorted_.best_rate('adamw') if 'adamw' in own else None
+  for result in longer:
+    if result['learning_rate'] == best:
+      sorted_.adamw[result['seed']].append(result)
+  return sorted_
+
+
+def speed_ups(of: Study, contender: str, rate: float) -> list[SpeedUp]:
+  """One for each seed that has AdamW runs of several lengths."""
+  found = []
+  for seed, loss in of.scores(contender, rate).items():
+    reference = [(r['steps'], runs.score(of.task, r)) for r in of.adamw.get(seed, ())]
+    if len(reference) > 1:
+      worth = adamw_steps_worth(loss, reference)
+      found.append(SpeedUp(worth.relation, worth.steps / of.task.steps))
+  return found
+
+
+# Cells of tables.
+
+
+def spread(values: Iterable[float], digits: int = 4) -> str:
+  values = list(values)
+  if not values:
+    return '-'
+  if not all(map(math.isfinite, values)):
+    return 'diverged'
+  mean = f'{statistics.fmean(values):.{digits}f}'
+  return f'{mean} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else mean
+
+
+def factor(values: list[SpeedUp], ratio: float = 1.0) -> str:
+  """Mean and spread of speed-ups over seeds; a bound if any of them is one."""
+  if not values:
+    return '-'
+  bounds = {value.relation for value in values} - {'='}
+  sign = bounds.pop() if len(bounds) == 1 else '~' if bounds else ''
+  return sign + spread((value.factor / ratio for value in values), 2) + 'x'
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+  rows = [head, ['---'] * len(head), *rows]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+# Tables.
+
+
+def tuned_table(of: Study) -> str:
+  """Everyone at their own best learning rate."""
+  accurate = any(
+    'accuracy' in result
+    for rates in of.runs.values()
+    for seeds in rates.values()
+    for result in seeds.values()
+  )
+  head = ['contender', 'learning rate', label(of.task)]
+  head += ['accuracy'] if accurate else []
+  head += ['speed-up in steps', 'time of a step', 'speed-up in time', 'state, B/param']
+  rows = []
+  for contender in of.contenders:
+    rate = of.best_rate(contender)
+    if rate is None:
+      rows.append([contender, '-', 'diverged', *['-'] * (len(head) - 3)])
+      continue
+    seeds = of.runs[contender][rate]
+    ups = speed_ups(of, contender, rate)
+    ratio = of.times.get(contender, {}).get('times_adamw')
+    one = next(iter(seeds.values()))
+    row = [contender, f'{rate:g}', spread(of.scores(contender, rate).values())]
+    if accurate:
+      row.append(spread(r['accuracy'] for r in seeds.values() if 'accuracy' in r))
+    row += [
+      factor(ups),
+      f'{ratio:.2f}x' if ratio else '-',
+      factor(ups, ratio) if ratio else '-',
+      f'{one["state_bytes"] / one["parameters"]:.1f}',
+    ]
+    rows.append(row)
+  return markdown(head, rows)
+
+
+def equal_rate_table(of: Study) -> str:
+  """Everyone at AdamW's best learning rate."""
+  rate = of.best_rate('adamw')
+  rows = []
+  for contender in of.contenders:
+    scores = of.scores(contender, rate)
+    if scores:
+      ups = factor(speed_ups(of, contender, rate))
+      rows.append([contender, spread(scores.values()), ups, str(len(scores))])
+  return markdown(
+    [f'contender, at {rate:g}', label(of.task), 'speed-up in steps', 'seeds'], rows
+  )
+
+
+def adamw_table(of: Study) -> str:
+  """What the speed-ups are measured against."""
+  by_steps: dict[int, list[float]] = defaultdict(list)
+  for results in of.adamw.values():
+    for result in results:
+      by_steps[result['steps']].append(runs.score(of.task, result))
+  rows = [[str(s), spread(v), str(len(v))] for s, v in sorted(by_steps.items())]
+  return markdown(["AdamW's steps", label(of.task), 'seeds'], rows)
+
+
+def sweep_table(of: Study) -> str:
+  """Every learning rate that was tried."""
+  rows = []
+  for contender in of.contenders:
+    best = of.best_rate(contender)
+    for rate in sorted(of.runs[contender]):
+      scores = of.scores(contender, rate)
+      cell = f'**{rate:g}**' if rate == best else f'{rate:g}'
+      rows.append([contender, cell, spread(scores.values()), str(len(scores))])
+  return markdown(['contender', 'learning rate', label(of.task), 'seeds'], rows)
+
+
+def label(task: Task) -> str:
+  return task.measure.replace('_', ' ')
+
+
+# Figures.
+
+
+def colour(contender: str) -> str:
+  return f'C{list(CONTENDERS).index(contender) % 10}'
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # Without the version of matplotlib the same results give the same bytes.
+  figure.savefig(path, dpi=110, metadata={'Software': None})
+  plt.close(figure)
+
+
+def plot_sweep(of: Study, path: Path) -> None:
+  figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
+  for contender in of.contenders:
+    points = [
+      (rate, statistics.fmean(scores))
+      for rate in sorted(of.runs[contender])
+      if all(map(math.isfinite, scores := list(of.scores(contender, rate).values())))
+    ]
+    if points:
+      axes.plot(
+        *zip(*points, strict=True), 'o-', color=colour(contender), label=contender
+      )
+  axes.set(
+    xscale='log', xlabel='learning rate', ylabel=label(of.task), title=of.task.title
+  )
+  axes.legend(fontsize='small')
+  save(figure, path)
+
+
+def plot_curves(of: Study, path: Path) -> None:
+  """Training loss at the best rate, mean over the seeds."""
+  figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
+  ends, starts = [], []
+  for contender in of.contenders:
+    rate = of.best_rate(contender)
+    if rate is None:
+      continue
+    curves = [result['loss_curve'] for result in of.runs[contender][rate].values()]
+    curves = [curve for curve in curves if None not in curve['losses']]
+    if not curves:
+      continue
+    mean = [
+      statistics.fmean(losses)
+      for losses in zip(*(curve['losses'] for curve in curves), strict=False)
+    ]
+    every = curves[0]['every']
+    steps = [every * (i + 0.5) for i in range(len(mean))]
+    axes.plot(steps, mean, color=colour(contender), label=contender)
+    ends.append(mean[-1])
+    starts.append(mean[len(mean) // 10])
+  if ends and max(starts) > min(ends):  # the plunge at the start may leave the figure
+    margin = 0.05 * (max(starts) - min(ends))
+    axes.set_ylim(min(ends) - margin, max(starts) + margin)
+  axes.set(xlabel='step', ylabel='train loss', title=of.task.title)
+  axes.legend(fontsize='small')
+  save(figure, path)
+
+
+def plot_speed_ups(studies: list[Study], path: Path) -> None:
+  """Bars of the speed-up in steps, with one dot a seed."""
+  figure, axes = plt.subplots(
+    1, len(studies), figsize=(2.6 * len(studies) + 1, 4), layout='constrained',
+    sharey=True, squeeze=False,
+  )  # fmt: skip
+  for one, of in zip(axes[0], studies, strict=True):
+    names = [name for name in of.contenders if of.best_rate(name) is not None]
+    for position, name in enumerate(names):
+      values = [x.factor for x in speed_ups(of, name, of.best_rate(name))]
+      if values:
+        one.bar(position, statistics.fmean(values), color=colour(name), alpha=0.6)
+        one.plot([position] * len(values), values, 'k.', markersize=4)
+    one.axhline(1, color='k', linewidth=0.8)
+    one.set_xticks(range(len(names)), names, rotation=90)
+    one.set_title(of.name, fontsize='small')
+  axes[0, 0].set_ylabel("AdamW's steps over steps")
+  save(figure, path)
+
+
+# The page.
+
+
+def missing(of: Study) -> list[str]:
+  """What the tables lack, in words."""
+  lacks = [f'no run of {name}' for name in CONTENDERS if name not in of.runs]
+  for name in of.contenders:
+    rate = of.best_rate(name)
+    if rate is None:
+      lacks.append(f'no run of {name} that did not diverge')
+      continue
+    count = len(of.runs[name][rate])
+    if count < SEEDS:
+      lacks.append(f'{count} of {SEEDS} seeds of {name} at {rate:g}')
+    if rate in (min(of.runs[name]), max(of.runs[name])):
+      lacks.append(f"{name}'s best rate, {rate:g}, is at the end of its grid")
+    if name not in of.times:
+      lacks.append(f'no time of {name}')
+  if not any(len(results) > 1 for results in of.adamw.values()):
+    lacks.append("AdamW's runs of other lengths, hence all speed-ups")
+  return lacks
+
+
+def section(of: Study) -> str:
+  """The part of the page on one task."""
+  parts = [f'### {of.name}: {of.task.title}, {of.task.steps} steps']
+  parts += ['At the best learning rate of each:', tuned_table(of)]
+  parts.append(f'![Loss curves](figures/curves-{of.name}.png)')
+  if of.contenders and of.adamw:
+    parts += [
+      "At **equal** learning rate, AdamW's best, which says little about contenders"
+      ' that are best at another:',
+      equal_rate_table(of),
+      'What the speed-ups are measured against:',
+      adamw_table(of),
+    ]
+  parts += ['All learning rates, the best of seed 0 in bold:', sweep_table(of)]
+  parts.append(f'![Learning rates](figures/sweep-{of.name}.png)')
+  return '\n\n'.join(parts)
+
+
+def write(results_folder: Path, docs: Path) -> None:
+  """Rewrites the generated part of the page and the figures; prints what is missing."""
+  by_task: dict[str, list[Result]] = defaultdict(list)
+  for result in runs.load(results_folder):
+    by_task[result['task']].append(result)
+  studies = [
+    study(name, by_task[name], runs.read_times(results_folder, name))
+    for name in TASKS
+    if name in by_task
+  ]
+  studies = [one for one in studies if one.contenders]
+  for name in TASKS:
+    lacks = next((missing(one) for one in studies if one.name == name), ['everything'])
+    for lack in lacks:
+      print(f'{name}: missing: {lack}')
+  figures = docs / 'figures'
+  for one in studies:
+    plot_sweep(one, figures / f'sweep-{one.name}.png')
+    plot_curves(one, figures / f'curves-{one.name}.png')
+  if studies:
+    plot_speed_ups(studies, figures / 'speed-ups.png')
+  page = docs / PAGE
+  before, _, rest = page.read_text().partition(BEGIN)
+  _, found, after = rest.partition(END)
+  if not found:
+    raise SystemExit(f'{page} has not the lines {BEGIN} and {END} for the tables')
+  sections = ['![Speed-ups](figures/speed-ups.png)', *map(section, studies)]
+  text = '\n\n'.join(sections if studies else ['No results yet.'])
+  page.write_text(f'{before}{BEGIN}\n\n{text}\n\n{END}{after}')
