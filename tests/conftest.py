@@ -28,6 +28,14 @@ def _promoting_bias_correction(moment, decay, count):
 optax.tree.bias_correction = _promoting_bias_correction
 
 
+@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is installed
+def pytest_xdist_make_scheduler(config, log):
+  """Neighbours run in one process: they share fixtures and compiled functions."""
+  from xdist.scheduler import WorkStealingScheduling
+
+  return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture
 def standard_promotion():
   """JAX's default promotion, for code of others that relies on it."""

@@ -1,5 +1,7 @@
 """The filter's other forms: `accelerate`, `interpolated`, `split_by_subspace`."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,9 @@ import pytest
 
 import bsfa_optax
 from bsfa_optax import accelerate, bsfa, interpolated, kronecker, pca, split_by_subspace
+
+# Compiling is most of the time, and the little there is to run needs no tuning.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 STEPS = 9
 ADAM = optax.adam(0.1, b2=0.95)
@@ -38,7 +43,7 @@ def make_gradients(steps=STEPS, scale=1.0):
 
 def run(tx, gradients, **extra_args):
   """The updates of every step, and the last state."""
-  step = jax.jit(lambda g, s: tx.update(g, s, g, **extra_args))
+  step = jit(lambda g, s: tx.update(g, s, g, **extra_args))
   state, out = tx.init(gradients[0]), []
   for g in gradients:
     updates, state = step(g, state)
@@ -74,10 +79,11 @@ def test_history_is_what_the_estimator_learns(estimator, name):
   updates, _ = run(ADAM, gradients)
   history, _ = run(HISTORIES[name], gradients)
   others = run(bsfa(0.2, 3.0, estimator=estimator), updates)[0]
-  state, update = estimator.init(gradients[0]), jax.jit(estimator.update)
+  state, update = estimator.init(gradients[0]), jit(estimator.update)
+  apply = jit(lambda u, state: estimator.apply(two_level(0.2, 3.0), u, state)[0])
   for h, u, out in zip(history, updates, actual, strict=True):
     state = update(h, state, u)
-    desired, _ = estimator.apply(two_level(0.2, 3.0), u, state)
+    desired = apply(u, state)
     chex.assert_trees_all_close(out, desired, rtol=1e-5, atol=1e-6)
   assert jnp.abs(out['first'] - others[-1]['first']).max() > 1e-3  # history matters
 
@@ -110,7 +116,7 @@ def test_accelerate_learns_nothing_from_what_is_not_finite(bad):
 
 def fractions(gradients, estimator):
   """The dominant fraction at every step, (steps, blocks)."""
-  step, out = jax.jit(bsfa(0.0, 1.0, estimator=estimator).update), []
+  step, out = jit(bsfa(0.0, 1.0, estimator=estimator).update), []
   state = bsfa(0.0, 1.0, estimator=estimator).init(gradients[0])
   for g in gradients:
     _, state = step(g, state)
@@ -180,11 +186,12 @@ def test_split_runs_each_part_through_its_own_transformation():
   gradients, estimator = make_gradients(), small()
   tx = split_by_subspace(estimator, optax.scale_by_adam(), optax.scale_by_sign())
   actual, state = run(tx, gradients, value=1.0)
-  learned = estimator.init(gradients[0])
+  learned, update = estimator.init(gradients[0]), jit(estimator.update)
+  project = jit(lambda g, state: estimator.apply(two_level(1.0, 0.0), g, state)[0])
   parts = []
   for g in gradients:
-    learned = estimator.update(g, learned, g)
-    inside, _ = estimator.apply(two_level(1.0, 0.0), g, learned)
+    learned = update(g, learned, g)
+    inside = project(g, learned)
     parts.append((inside, jax.tree.map(lambda v, p: v - p, g, inside)))
   first, adam = run(optax.scale_by_adam(), [a for a, _ in parts])
   chex.assert_trees_all_close(state.dominant_state, adam, rtol=1e-4, atol=1e-5)
