@@ -2,9 +2,14 @@
 
 import os
 
-# Two workers on two cores gain nothing from thread pools of their own.
+# Two workers on two cores gain nothing from thread pools of their own, and compiling is
+# most of the time: the little there is to run needs no tuning.
 if 'PYTEST_XDIST_WORKER' in os.environ:
-  os.environ.setdefault('XLA_FLAGS', '--xla_cpu_multi_thread_eigen=false')
+  os.environ.setdefault(
+    'XLA_FLAGS',
+    '--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0'
+    ' --xla_llvm_disable_expensive_passes=true',
+  )
   os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
