@@ -295,11 +295,11 @@ def dense():
   with jax.enable_x64(True):
     params = make_params(dtype=np.float64)
     vector, unravel = jax.flatten_util.ravel_pytree(params)
-    hessian = jax.hessian(lambda v: value_fn(unravel(v)))(vector)
+    hessian = jit(jax.hessian(lambda v: value_fn(unravel(v))))(vector)
     flat = lambda v: jax.flatten_util.ravel_pytree(output_fn(unravel(v)))[0]
     _, unravel_outputs = jax.flatten_util.ravel_pytree(output_fn(params))
-    jacobian = jax.jacobian(flat)(vector)
-    inner = jax.hessian(lambda z: loss_fn(unravel_outputs(z)))(flat(vector))
+    jacobian = jit(jax.jacobian(flat))(vector)
+    inner = jit(jax.hessian(lambda z: loss_fn(unravel_outputs(z))))(flat(vector))
     gauss_newton = jacobian.T @ inner @ jacobian
     index = jax.tree.map(np.asarray, unravel(jnp.arange(len(vector), dtype=float)))
     index = [x.astype(int) for x in flatten(index)]
@@ -343,7 +343,8 @@ def test_hessian_top_k_of_all_parameters():
   found = top_k(params, 2, blocks, iterations=20)
   with jax.enable_x64(True):
     vector, unravel = jax.flatten_util.ravel_pytree(make_params(dtype=np.float64))
-    values = jnp.linalg.eigvalsh(jax.hessian(lambda v: value_fn(unravel(v)))(vector))
+    hessian = jit(jax.hessian(lambda v: value_fn(unravel(v))))
+    values = jnp.linalg.eigvalsh(hessian(vector))
   np.testing.assert_allclose(found.eigenvalues[0], values[::-1][:2], atol=1e-5)
 
 
