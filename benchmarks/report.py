@@ -255,7 +255,10 @@ def plot_curves(of: Study, path: Path) -> None:
 
 
 def plot_speed_ups(studies: list[Study], path: Path) -> None:
-  """Bars of the speed-up in steps, with one dot a seed."""
+  """Bars of the speed-up in steps, with one dot a seed, where there are any."""
+  rate = lambda of: of.best_rate('adamw')
+  measured = [of for of in studies if rate(of) and speed_ups(of, 'adamw', rate(of))]
+  studies = measured or studies
   figure, axes = plt.subplots(
     1, len(studies), figsize=(2.6 * len(studies) + 1, 4), layout='constrained',
     sharey=True, squeeze=False,
