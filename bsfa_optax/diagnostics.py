@@ -24,6 +24,7 @@ from bsfa_optax import _blocks, _check, _curvature, _lanczos, _linalg, _stack, _
 from bsfa_optax._blocks import Blocks
 from bsfa_optax._estimator import Estimator
 from bsfa_optax.estimators import HessianState, KroneckerState, PCAState
+from bsfa_optax.estimators._hessian import relative_curvature
 
 __all__ = [
   'CurvatureEnergy',
@@ -566,9 +567,7 @@ def spectrum(state: Any, blocks: Blocks) -> list[jax.Array]:
     relative = state.variance / jnp.where(mean > 0, mean, 1)[:, None]
     return list(relative)
   if isinstance(state, HessianState):
-    kept = state.curvature > 0
-    least = jnp.where(kept, state.curvature, jnp.inf).min(1, keepdims=True)
-    return list(jnp.where(kept, state.curvature / least, 0))
+    return list(relative_curvature(state.curvature))
   if isinstance(state, KroneckerState):
     is_factors = lambda x: hasattr(x, 'spectrum')
     found: list[jax.Array] = []

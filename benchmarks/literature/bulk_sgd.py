@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.literature import common
-from bsfa_optax import bsfa, hessian_lanczos
+from bsfa_optax import bsfa, diagnostics, hessian_lanczos
 
 NAME = 'bulk-sgd'
 STEPS = 1200
@@ -56,9 +56,8 @@ def chi(network: common.Network):
 
   def measure(params, state):
     gradient = jax.grad(network.loss)(params)
-    identity = lambda variance, dominant: jnp.ones_like(variance)
     learned = optax.tree.get(state, 'estimator_state')
-    _, fraction = estimator.apply(identity, gradient, learned)
+    fraction, _ = diagnostics.dominant_fraction(estimator, learned, gradient)
     return {'chi': fraction[0]}
 
   return measure

@@ -203,15 +203,20 @@ def hessian_lanczos(
     parts = partition(updates)
     if not parts.count:
       return updates, jnp.zeros_like(state.curvature[:, 0])
-    kept = state.curvature > 0
-    least = jnp.where(kept, state.curvature, jnp.inf).min(1, keepdims=True)
-    relative = jnp.where(kept, state.curvature / least, 0)
+    relative = relative_curvature(state.curvature)
     active = jnp.broadcast_to(state.hessian_step > 0, parts.count)
     basis = jax.tree.leaves(state.basis)
     rest = jnp.zeros_like(relative[:, 0])
     return _low_rank.apply(f, updates, parts, basis, relative, rest, active)
 
   return Estimator(init, update, apply, partition)
+
+
+def relative_curvature(curvature: jax.Array) -> jax.Array:
+  """Eigenvalues over the least one that is kept, (blocks, rank); 0 for absent ones."""
+  kept = curvature > 0
+  least = jnp.where(kept, curvature, jnp.inf).min(1, keepdims=True)
+  return jnp.where(kept, curvature / least, 0)
 
 
 def _keep(params, state):
