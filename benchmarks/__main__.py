@@ -156,9 +156,11 @@ def make_parser() -> argparse.ArgumentParser:
   )
   reproducing.set_defaults(results=runs.RESULTS / 'literature')
 
-  reporting = command('report', 'tables and figures of docs/benchmarks.md')
+  reporting = command(
+    'report', 'tables and figures of docs/benchmarks.md and docs/literature.md'
+  )
   reporting.add_argument(
-    '--docs', type=Path, default=DOCS, metavar='DIR', help='folder of the page (docs)'
+    '--docs', type=Path, default=DOCS, metavar='DIR', help='folder of the pages (docs)'
   )
   return parser
 
@@ -254,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       CONTENDERS[name].direction(next(iter(TASKS.values())))
     if args.command == 'report':
       report.write(args.results, args.docs)
-      literature.plot_all(args.results / 'literature', args.docs / 'figures')
+      literature.write(args.results / 'literature', args.docs)
     else:
       actions[args.command](args)
   except (MissingData, UnknownPackage) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 import math
+import os
 from pathlib import Path
 import statistics
 from typing import NamedTuple
@@ -21,7 +22,6 @@ from benchmarks.runs import Result
 from benchmarks.tasks import Task, TASKS
 
 PAGE = 'benchmarks.md'
-BEGIN, END = '<!-- generated: begin -->', '<!-- generated: end -->'
 SEEDS = 3  # fewer are reported as missing
 
 
@@ -280,6 +280,29 @@ def plot_speed_ups(studies: list[Study], path: Path) -> None:
 # The page.
 
 
+def rewrite(page: Path, parts: dict[str, str]) -> None:
+  """Puts each part between the lines `<!-- name: begin -->` and `<!-- name: end -->`.
+
+  The page is written as a whole or not at all.
+  """
+  text = page.read_text()
+  for name, part in parts.items():
+    begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+      raise SystemExit(
+        f'{page} has not the lines {begin} and {end}, between which a table belongs'
+      )
+    text = f'{before}{begin}\n\n{part}\n\n{end}{after}'
+  temporary = page.with_name(f'{page.name}.{os.getpid()}.tmp')
+  try:
+    temporary.write_text(text)
+    temporary.replace(page)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
 def missing(of: Study) -> list[str]:
   """What the tables lack, in words."""
   lacks = [f'no run of {name}' for name in CONTENDERS if name not in of.runs]
@@ -339,11 +362,6 @@ def write(results_folder: Path, docs: Path) -> None:
     plot_curves(one, figures / f'curves-{one.name}.png')
   if studies:
     plot_speed_ups(studies, figures / 'speed-ups.png')
-  page = docs / PAGE
-  before, _, rest = page.read_text().partition(BEGIN)
-  _, found, after = rest.partition(END)
-  if not found:
-    raise SystemExit(f'{page} has not the lines {BEGIN} and {END} for the tables')
   sections = ['![Speed-ups](figures/speed-ups.png)', *map(section, studies)]
   text = '\n\n'.join(sections if studies else ['No results yet.'])
-  page.write_text(f'{before}{BEGIN}\n\n{text}\n\n{END}{after}')
+  rewrite(docs / PAGE, {'generated': text})

@@ -104,7 +104,7 @@ def fingerprint(*arrays: np.ndarray) -> str:
   return digest.hexdigest()[:16]
 
 
-def _functional(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable, Callable]:
+def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable, Callable]:
   """A module as init(seed) -> parameters and apply(parameters, function) -> result."""
   graph = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
@@ -173,7 +173,7 @@ def language_model(
   """Next-token prediction with the example's LLaMA-style model."""
   preset: Preset = PRESETS[preset_name]
   text = read(folder)
-  init, module = _functional(lambda rngs: Llama(preset.model, rngs=rngs))
+  init, module = functional(lambda rngs: Llama(preset.model, rngs=rngs))
 
   def loss(params, batch):
     parts = batch.reshape(preset.splits, -1, preset.context + 1)
@@ -237,7 +237,7 @@ def masked_chain(
       tokens[:, i] = np.minimum(passed.sum(axis=1), symbols - 1)
     return {'tokens': tokens, 'gap': rng.random((count, context)) < hidden}
 
-  init, module = _functional(
+  init, module = functional(
     lambda rngs: models.Encoder(
       nnx.Embed(symbols + 1, 64, rngs=rngs),
       context,
@@ -279,7 +279,7 @@ def read_mnist(folder: Path) -> tuple[Batch, Batch]:
   return parts[0], parts[1]
 
 
-def _normalized(images: jax.Array) -> jax.Array:
+def normalized(images: jax.Array) -> jax.Array:
   return (images.astype(jnp.float32) / 255 - 0.1307) / 0.3081
 
 
@@ -304,10 +304,10 @@ def mnist(
   """Classification of the first `images` images of MNIST."""
   train, test = read_mnist(folder)
   train = {name: x[:images] for name, x in train.items()}
-  init, module = _functional(make)
+  init, module = functional(make)
 
   def outputs(params, batch):
-    return module(params)(_normalized(batch['images']))
+    return module(params)(normalized(batch['images']))
 
   def figures(params, batch):
     answers = outputs(params, batch)
@@ -354,7 +354,7 @@ def _cnn(rngs: nnx.Rngs) -> nnx.Module:
   return models.CNN((16, 32, 64), 10, rngs=rngs)
 
 
-def _mlp(rngs: nnx.Rngs) -> nnx.Module:
+def mlp(rngs: nnx.Rngs) -> nnx.Module:
   return models.MLP((784, 200, 200), 10, rngs=rngs)
 
 
@@ -387,7 +387,7 @@ TASKS = {
   'mlp-mnist5k': Task(
     'tanh MLP on 5,000 images of MNIST, squared error',
     1000,
-    functools.partial(mnist, _mlp, squared_error, rows=50, images=5000),
+    functools.partial(mnist, mlp, squared_error, rows=50, images=5000),
     measure='train_set_loss',
     warmup=0.0,
     floor=1.0,

@@ -1,24 +1,25 @@
 """The literature's reproductions, tiny, on made-up images in the form of MNIST."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
 
-from benchmarks import __main__, literature
+from benchmarks import __main__, literature, models, report, runs, tasks
 from benchmarks.literature import ablation, bulk_sgd, common, speedup
 from bsfa_optax import pca
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-  """Images whose pixels tell the label, so that a few steps learn something."""
+  """1,000 images whose pixels tell the label, so that a few steps learn something."""
   folder = tmp_path_factory.mktemp('data')
   rng = np.random.default_rng(0)
   patterns = rng.integers(0, 200, (10, 28, 28))
-  for part, count in (('train', common.IMAGES), ('test', 1000)):
-    labels = rng.integers(0, 10, count)
-    images = patterns[labels] + rng.integers(0, 55, (count, 28, 28))
+  for part in ('train', 'test'):
+    labels = rng.integers(0, 10, 1000)
+    images = patterns[labels] + rng.integers(0, 55, (1000, 28, 28))
     np.savez(
       folder / f'mnist_{part}.npz',
       images=images.astype(np.uint8),
@@ -27,11 +28,23 @@ def data(tmp_path_factory):
   return folder
 
 
+@pytest.fixture
+def small(monkeypatch):
+  """The same task with these images and 16 neurons a layer."""
+  mlp = lambda rngs: models.MLP((784, 16, 16), 10, rngs=rngs)
+  build = functools.partial(
+    tasks.mnist, mlp, tasks.squared_error, rows=common.ROWS, images=1000
+  )
+  task = tasks.TASKS[common.TASK]._replace(build=build)
+  monkeypatch.setitem(tasks.TASKS, common.TASK, task)
+  monkeypatch.setattr(common, 'IMAGES', 1000)
+
+
 def no_training(*args, **kwargs):
   raise AssertionError('a result that is there was measured again')
 
 
-def test_bulk_sgd(data, tmp_path, monkeypatch):
+def test_bulk_sgd(data, small, tmp_path, monkeypatch):
   monkeypatch.setattr(bulk_sgd, 'STEPS', 40)
   monkeypatch.setattr(bulk_sgd, 'LOOK_EVERY', 10)
   monkeypatch.setattr(bulk_sgd, 'HESSIAN_IMAGES', 20)
@@ -49,7 +62,7 @@ def test_bulk_sgd(data, tmp_path, monkeypatch):
   assert (tmp_path / 'literature-bulk-sgd.png').stat().st_size > 1000
 
 
-def test_speedup(data, tmp_path, monkeypatch):
+def test_speedup(data, small, tmp_path, monkeypatch):
   monkeypatch.setattr(speedup, 'STEPS', 200)
   monkeypatch.setattr(speedup, 'WARMUP', 20)
   monkeypatch.setattr(common, 'STAYS', 20)
@@ -72,17 +85,18 @@ def test_speedup(data, tmp_path, monkeypatch):
   assert (tmp_path / 'literature-speedup.png').stat().st_size > 1000
 
 
-def test_ablation(data, tmp_path, monkeypatch):
+def test_ablation(data, small, tmp_path, monkeypatch):
   monkeypatch.setattr(ablation, 'STEPS', 100)
   monkeypatch.setattr(ablation, 'RATE', 0.02)
   monkeypatch.setattr(ablation, 'WHOLE', (1.0, 1000.0))
   estimator = lambda: pca(2, 2, decay=0.9)
   study = ablation.Study('PCA', estimator, (1.0,), 2.0, (1.0, 2.0))
   monkeypatch.setattr(ablation, 'STUDIES', {'pca': study})
+  results, figures = tmp_path / 'literature', tmp_path / 'figures'
   command = ['reproduce', 'ablation', '--seed', '0', '--data', str(data)]
-  command += ['--results', str(tmp_path), '--figures', str(tmp_path)]
+  command += ['--results', str(results), '--figures', str(figures)]
   assert __main__.main(command) == 0
-  found = common.load(tmp_path / 'ablation')
+  found = common.load(results / 'ablation')
   (diverged,) = ablation.at(found, 'whole', {'gamma': 1000.0})
   (plain,) = ablation.at(found, 'whole', {'gamma': 1.0})
   (same,) = ablation.at(found, 'pca', {'alpha': 1.0, 'gamma': 1.0})
@@ -91,13 +105,45 @@ def test_ablation(data, tmp_path, monkeypatch):
     same['full_set_losses'], plain['full_set_losses'], rtol=1e-3
   )
   assert ablation.speed(same, plain) == pytest.approx(1, rel=0.02)
-  figure = tmp_path / 'literature-ablation.png'
+  figure = figures / 'literature-ablation.png'
   figure.unlink()
-  monkeypatch.setattr(
-    literature, 'REPRODUCTIONS', {'ablation': ablation, 'bulk-sgd': bulk_sgd}
-  )
-  literature.plot_all(tmp_path, tmp_path)  # of the other there is nothing to plot
+  for page, name in (report.PAGE, 'generated'), (literature.PAGE, 'ablation'):
+    (tmp_path / page).write_text(f'<!-- {name}: begin -->\n<!-- {name}: end -->')
+  command = ['report', '--results', str(tmp_path), '--docs', str(tmp_path)]
+  assert __main__.main(command) == 0  # of the others there is nothing to report
+  assert '| 1000 | 1 of 1 diverged |  |\n' in (tmp_path / literature.PAGE).read_text()
   assert figure.exists()
+
+
+def test_tables_of_the_page_are_those_of_the_results(tmp_path):
+  committed = (__main__.DOCS / literature.PAGE).read_text()
+  page = tmp_path / literature.PAGE
+  page.write_text(committed)
+  tables = {
+    name: module.table(runs.RESULTS / 'literature')
+    for name, module in literature.REPRODUCTIONS.items()
+  }
+  report.rewrite(page, tables)
+  assert page.read_text() == committed
+
+
+def test_page_is_rewritten_between_its_lines_or_not_at_all(tmp_path):
+  page = tmp_path / 'page.md'
+  page.write_text('one\n<!-- a: begin -->\nold\n<!-- a: end -->\ntwo\n')
+  report.rewrite(page, {'a': 'new'})
+  after = 'one\n<!-- a: begin -->\n\nnew\n\n<!-- a: end -->\ntwo\n'
+  assert page.read_text() == after
+  with pytest.raises(SystemExit, match='lines <!-- b: begin -->'):
+    report.rewrite(page, {'a': 'newer', 'b': 'new'})
+  assert page.read_text() == after
+  assert list(tmp_path.iterdir()) == [page]
+
+
+def test_speed_up_in_words():
+  show = lambda reached: f'{sum(reached):g}'
+  assert speedup.worth([2.0, 3.0], show) == '5x'
+  assert speedup.worth([2.0, None], show) == '2x (1 of 2 seeds)'
+  assert speedup.worth([None], show) == 'not reached'
 
 
 def test_missing_data(tmp_path, capsys):

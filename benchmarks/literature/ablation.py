@@ -137,6 +137,27 @@ def last(result: common.Result) -> float:
   return common.smoothed(result['full_set_losses'])[-1]
 
 
+def table(results: Path) -> str:
+  """Loss at the end by gamma: of the whole update, and of the bulk with alpha 1."""
+  found = common.load(results / NAME)
+
+  def cell(name: str, hyper: common.Hyper) -> str:
+    here = at(found, name, hyper)
+    gone = sum(result['diverged'] for result in here)
+    if gone:
+      return f'{gone} of {len(here)} diverged'
+    return report.spread(map(last, here)) if here else ''
+
+  gammas = sorted({*WHOLE, *(x for study in STUDIES.values() for x in study.gammas)})
+  rows = []
+  for gamma in gammas:
+    filtered = [cell(name, {'alpha': 1.0, 'gamma': gamma}) for name in STUDIES]
+    rows.append([f'{gamma:g}', cell('whole', {'gamma': gamma}), *filtered])
+  head = ['gamma', f'the whole update: loss after {STEPS} steps']
+  head += [f'bulk by {study.title}, alpha 1' for study in STUDIES.values()]
+  return report.markdown(head, rows)
+
+
 def plot(results: Path, figures: Path) -> None:
   """Three panels: alpha, gamma, and gamma of the filter against that of everything."""
   found = common.load(results / NAME)

@@ -98,24 +98,65 @@ def run(data: Path, seeds: list[int], results: Path) -> None:
           break
 
 
-def plot(results: Path, figures: Path) -> None:
-  """Loss and chi from where the filter is switched on, which differs between seeds."""
+Curves = dict[int, np.ndarray]  # by seed
+
+
+def since_switch(results: Path) -> dict[str, tuple[Curves, Curves]]:
+  """Loss over that at the switch, and chi, of each method that has results.
+
+  They begin where the filter is switched on, which differs between seeds.
+  """
   found = common.load(results / NAME)
-  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout='constrained')
-  for position, (name, (_, _, title)) in enumerate(METHODS.items()):
-    losses, chis = [], []
+  curves: dict[str, tuple[Curves, Curves]] = {}
+  for name in METHODS:
     for stem, result in found.items():
-      switch = switch_of(found.get(f'sgd-{result["seed"]}', result))
-      if stem != f'{name}-{result["seed"]}' or switch is None:
+      seed = result['seed']
+      switch = switch_of(found.get(f'sgd-{seed}', result))
+      if stem != f'{name}-{seed}' or switch is None:
         continue
       first = switch // result['every']
       loss = np.array(result['full_set_losses'][first:], float)
-      losses.append(loss / loss[0])
-      chis.append(np.array(result['watched']['chi'][first - 1 :], float))
-    if not losses:
+      losses, chis = curves.setdefault(name, ({}, {}))
+      losses[seed] = loss / loss[0]
+      chis[seed] = np.array(result['watched']['chi'][first - 1 :], float)
+  return curves
+
+
+def table(results: Path) -> str:
+  """Where all methods are when the run with the latest switch ends."""
+  curves = since_switch(results)
+  lengths = [len(x) for losses, _ in curves.values() for x in losses.values()]
+  last = min(lengths, default=1) - 1  # chi may never have passed the threshold
+  rows = []
+  for name, (losses, chis) in curves.items():
+    alpha, gamma, title = METHODS[name]
+    sgd, _ = curves['sgd']
+    decrease = [100 * (1 - x[last]) / (1 - sgd[s][last]) for s, x in losses.items()]
+    rows.append(
+      [
+        title,
+        f'{alpha:g}, {gamma:g}',
+        report.spread((x[last] for x in losses.values()), 3),
+        f'{report.spread(decrease, 0)} %',
+        report.spread((x[last] for x in chis.values()), 2),
+      ]
+    )
+  head = ['from the switch on', 'alpha, gamma']
+  head += [f'loss, {last * LOOK_EVERY} steps later, over that at the switch']
+  head += ["decrease, SGD's = 100 %", r'$\chi_{10}$ then']
+  return report.markdown(head, rows)
+
+
+def plot(results: Path, figures: Path) -> None:
+  """Loss and chi from the switch on."""
+  curves = since_switch(results)
+  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout='constrained')
+  for position, (name, (_, _, title)) in enumerate(METHODS.items()):
+    if name not in curves:
       continue
     style = {'color': f'C{position}', 'label': title}
-    for axes, rows in ((left, losses), (right, chis)):
+    for axes, of_seeds in zip((left, right), curves[name], strict=True):
+      rows = of_seeds.values()
       length = min(map(len, rows))
       steps = LOOK_EVERY * np.arange(length)
       common.band(axes, steps, np.transpose([row[:length] for row in rows]), **style)

@@ -82,6 +82,7 @@ class Trainer:
     self.extra = {}
     if hessian_images:
       self.extra['value_fn'] = lambda params: network.loss(params, hessian_images)
+    self._init = jax.jit(lambda params, hyper: make(hyper).init(params))
     self._chunk = jax.jit(self._traced_chunk, donate_argnums=(0, 1))
     self._loss = jax.jit(network.loss)
 
@@ -111,7 +112,7 @@ class Trainer:
     """One run; it ends early where the loss has diverged or `reached` the target."""
     traced = {name: jnp.float32(value) for name, value in hyper.items()}
     params = self.network.problem.init(seed)
-    state = jax.jit(lambda params: self.make(traced).init(params))(params)
+    state = self._init(params, traced)
     full, batches, times = [float(self._loss(params))], [], []
     watched: dict[str, list] = defaultdict(list)
     with tqdm(total=steps, desc=label, unit='step', disable=None) as bar:

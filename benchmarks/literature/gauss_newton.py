@@ -47,8 +47,8 @@ MATRICES = {
 
 def outputs(params: Any, batch: Any) -> jax.Array:
   """The network's outputs on the images of a batch."""
-  _, module = tasks._functional(tasks._mlp)
-  return module(params)(tasks._normalized(batch['images']))
+  _, module = tasks.functional(tasks.mlp)
+  return module(params)(tasks.normalized(batch['images']))
 
 
 class Meter:
@@ -79,6 +79,7 @@ class Meter:
         lambda p: problem.loss(p, batch), params, RANK, self.blocks
       )
     )
+    self.dominant = {name: self._dimensions(e) for name, e in WATCHERS.items()}
     self.by_basis = jax.jit(self._energy)
     self.by_projector = {
       name: self._projected(estimator)
@@ -96,6 +97,14 @@ class Meter:
       key=key,
       samples=SAMPLES,
     )
+
+  def _dimensions(self, estimator: Estimator) -> Callable:
+    @jax.jit
+    def measure(state, update):
+      masks = overlap.dominant_masks(estimator, state, update)
+      return overlap.dominant_size(estimator, masks, state, update).sum()
+
+    return measure
 
   def _projected(self, estimator: Estimator) -> Callable:
     @jax.jit
@@ -130,7 +139,7 @@ class Meter:
           }
           for measure in energy._fields
         }
-        of_space = {'dominant': int(dominant), 'chance': rounded(dominant / size)}
+        of_space = {'dominant': dominant, 'chance': rounded(dominant / size)}
         found.append({'source': source, 'estimator': name} | of_space | shares)
 
       add(None, HESSIAN, self.by_basis(params, batch, top.basis, key), RANK)
@@ -145,9 +154,7 @@ class Meter:
             energy = self.by_basis(params, batch, state.basis, key)
           else:
             energy = self.by_projector[name](params, batch, state, key)
-          masks = overlap.dominant_masks(estimator, state, last)
-          dominant = overlap.dominant_size(estimator, masks, state, last).sum()
-          add(source, name, energy, int(dominant))
+          add(source, name, energy, int(self.dominant[name](state, last)))
       measured.append(
         {
           'step': chunk.step,
@@ -165,7 +172,7 @@ def run(data: Path, seeds: list[int], results: Path) -> None:
   overlap.run_settings(NAME, SETTINGS, Meter, data, seeds, results)
 
 
-# The figure.
+# The table and the figure.
 
 COLOURS = {HESSIAN: 'k', MINI_BATCH: '0.55'} | {
   name: f'C{i}' for i, name in enumerate(WATCHERS)
@@ -190,9 +197,16 @@ def shares(
   ).reshape(len(found), -1).T  # fmt: skip
 
 
+def table(results: Path) -> str:
+  """The share of the Gauss-Newton matrix's energy at the last step."""
+  found = load(results / NAME, SETTINGS)
+  share = lambda space: space['energy']['gauss_newton']['share']
+  return overlap.tabulate(SETTINGS, found, 'subspaces', share)
+
+
 def plot(results: Path, figures: Path) -> None:
   """A row for each matrix, a column for each base optimizer."""
-  columns = {name: found for name in SETTINGS if (found := load(results / NAME, name))}
+  columns = load(results / NAME, SETTINGS)
   figure, axes = plt.subplots(
     len(MATRICES),
     len(columns),

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import functools
-import json
 from pathlib import Path
+import statistics
 import time
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from benchmarks import report, runs, tasks
 from benchmarks.examples import Llama, next_token_loss, PRESETS, training_batch
+from benchmarks.literature import common
 from benchmarks.tasks import Problem
 from bsfa_optax import dct, diagnostics, Estimator, hessian_lanczos, kronecker, pca
 
@@ -70,7 +71,7 @@ def small_llama(folder: Path) -> Problem:
   config = PRESETS['small'].model._replace(width=64, layers=2, feedforward=172)
   rows, context = 32, 32
   text = tasks.read_bytes('novels', folder)
-  init, module = tasks._functional(lambda rngs: Llama(config, rngs=rngs))
+  init, module = tasks.functional(lambda rngs: Llama(config, rngs=rngs))
   return Problem(
     init,
     lambda params, batch: next_token_loss(module(params), batch),
@@ -387,17 +388,19 @@ def run_settings(
         runs.write_json(path, header | found | footer)
 
 
-# The figure.
+# The table and the figure.
 
 COLOURS = dict(zip(SOURCES, ('C0', 'C1', 'C2'), strict=True))
 REST = ('kronecker', 'dct')
 ALONG = {'window 64, rank 8': '-', 'kronecker': '-.'}
+band = functools.partial(common.band, marker='o', markersize=4)
 
 
-def load(folder: Path, setting: str) -> list[dict[str, Any]]:
-  """The results of all seeds."""
-  found = [json.loads(path.read_text()) for path in folder.glob(f'{setting}-*.json')]
-  return sorted(found, key=lambda result: result['seed'])
+def load(folder: Path, settings: dict[str, Setting]) -> dict[str, list[dict]]:
+  """The results of all seeds of the settings that have any."""
+  results = common.load(folder).values()
+  found = {name: [r for r in results if r['setting'] == name] for name in settings}
+  return {name: of for name, of in found.items() if of}
 
 
 def picked(
@@ -416,23 +419,50 @@ def picked(
   return np.array(overlaps), float(np.mean(chances))
 
 
-def band(ax: Any, x: Any, values: Any, **style: Any) -> None:
-  """The mean over seeds of `(points, seeds)`, in a band from least to greatest."""
-  values = np.asarray(values)
-  (line,) = ax.plot(x, values.mean(1), marker='o', markersize=4, **style)
-  ax.fill_between(
-    x,
-    values.min(1),
-    values.max(1),
-    color=line.get_color(),
-    alpha=0.25,
-    linewidth=0,
-  )
+def tabulate(
+  settings: dict[str, Setting],
+  found: dict[str, list[dict]],
+  key: str,
+  share: Callable[[dict], float],
+) -> str:
+  """The last measurements, with a column for each setting and source.
+
+  What learns from no source, as a Hessian does, is in the column of gradients.
+
+  Args:
+    settings: by name.
+    found: the results of all seeds by name of the setting.
+    key: the spaces in a measurement, a row each.
+    share: the number that is shown of a space.
+  """
+  head, columns = ['space'], []
+  for name, results in found.items():
+    setting = settings[name]
+    for source in setting.sources:
+      several = len(setting.sources) > 1
+      head.append(f'{setting.title}: {source}' if several else setting.title)
+      column: dict[str, list[float]] = {}
+      for result in results:
+        for space in result['measured'][-1][key]:
+          if (space['source'] or 'gradients') == source:
+            column.setdefault(space['estimator'], []).append(share(space))
+      columns.append(column)
+  names = dict.fromkeys(name for column in columns for name in column)
+  cell = lambda values: report.spread(values, 2) if values else ''
+  rows = [[name, *(cell(column.get(name)) for column in columns)] for name in names]
+  return report.markdown(head, rows)
+
+
+def table(results: Path) -> str:
+  """The overlap at the last step, mean over blocks."""
+  found = load(results / NAME, SETTINGS)
+  overlap = lambda space: statistics.fmean(space['overlap'])
+  return tabulate(SETTINGS, found, 'overlaps', overlap)
 
 
 def plot(results: Path, figures: Path) -> None:
   """A column for each setting, a row for each question."""
-  columns = {name: found for name in SETTINGS if (found := load(results / NAME, name))}
+  columns = load(results / NAME, SETTINGS)
   figure, axes = plt.subplots(
     5,
     len(columns),

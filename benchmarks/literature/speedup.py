@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,6 +263,32 @@ def speed_ups(of: dict[str, dict[int, Result]]) -> dict[str, dict[int, float | N
   return ups
 
 
+def worth(ups: Iterable[float | None], show: Callable[[list[float]], str]) -> str:
+  """A speed-up in words; `show` makes one of the seeds that reach SGD's loss."""
+  ups = list(ups)
+  reached = [x for x in ups if x is not None]
+  if not reached:
+    return 'not reached'
+  some = f' ({len(reached)} of {len(ups)} seeds)' if len(reached) < len(ups) else ''
+  return f'{show(reached)}x{some}'
+
+
+def table(results: Path) -> str:
+  """The options of each method and its speed-up."""
+  of = tuned(results)
+  rows = []
+  for name, ups in speed_ups(of).items():
+    if ups:
+      hyper = next(iter(of[name].values()))['hyper']
+      options = [
+        f'{hyper[x]:g}' if x in hyper else '' for x in ('rate', 'alpha', 'gamma')
+      ]
+      speed_up = worth(ups.values(), lambda reached: report.spread(reached, 2))
+      rows.append([METHODS[name].title, *options, speed_up])
+  head = ['method', 'rate', 'alpha', 'gamma', 'speed-up in steps']
+  return report.markdown(head, rows)
+
+
 def plot(results: Path, figures: Path) -> None:
   """Bars of the speed-up with a dot a seed, and the curves of some."""
   of = tuned(results)
@@ -278,11 +304,7 @@ def plot(results: Path, figures: Path) -> None:
     if reached:
       left.barh(position, np.mean(reached), color=color, alpha=0.6)
       left.plot(reached, [position] * len(reached), 'k.', markersize=5)
-      text = f'{np.mean(reached):.1f}x'
-      if len(reached) < len(values):
-        text += f' ({len(reached)} of {len(values)} seeds)'
-    else:
-      text = 'not reached'
+    text = worth(values.values(), lambda reached: f'{np.mean(reached):.1f}')
     left.text(max(reached, default=0) + 0.1, position, text, va='center')
   left.set_yticks(range(len(ups)), [METHODS[name].title for name in ups])
   left.invert_yaxis()
