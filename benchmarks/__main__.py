@@ -18,7 +18,7 @@ import sys
 from tqdm import tqdm
 
 from benchmarks import literature, report, runs
-from benchmarks.contenders import CONTENDERS, UnknownPackage
+from benchmarks.contenders import CONTENDERS, UnknownPackage, VARIANTS
 from benchmarks.tasks import MissingData, TASKS
 
 DOCS = Path(__file__).parents[1] / 'docs'
@@ -60,7 +60,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     return added
 
-  def training(name: str, text: str) -> argparse.ArgumentParser:
+  def training(
+    name: str, text: str, contenders: bool = True
+  ) -> argparse.ArgumentParser:
     added = command(name, text)
     added.add_argument(
       '--task',
@@ -70,14 +72,15 @@ def make_parser() -> argparse.ArgumentParser:
       metavar='TASK',
       help=', '.join(TASKS),
     )
-    added.add_argument(
-      '--contender',
-      nargs='+',
-      choices=CONTENDERS,
-      default=list(CONTENDERS),
-      metavar='NAME',
-      help=f'{", ".join(CONTENDERS)} (all)',
-    )
+    if contenders:
+      added.add_argument(
+        '--contender',
+        nargs='+',
+        choices=CONTENDERS,
+        default=list(CONTENDERS),
+        metavar='NAME',
+        help=f'{", ".join(CONTENDERS)} (all)',
+      )
     added.add_argument(
       '--data',
       type=Path,
@@ -134,8 +137,11 @@ def make_parser() -> argparse.ArgumentParser:
     type=positive,
     default=[0.5, 0.75, 1.5, 2, 2.5, 3],
     metavar='X',
-    help="other lengths of AdamW's runs, in units of a run (0.5 0.75 1.5 2 2.5 3)",
+    help="other lengths of AdamW's and Muon's runs, in units of a run (0.5 0.75 1.5 2"
+    ' 2.5 3)',
   )
+
+  training('sensitivity', "`bsfa` with one option changed, at bsfa's best rate", False)
 
   timing = training('time', 'time of a step, in turns; keep the machine quiet')
   timing.add_argument(
@@ -194,7 +200,7 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def seeds(args: argparse.Namespace) -> None:
-  """Also AdamW's other lengths, and everyone at AdamW's best rate."""
+  """Also the references' other lengths, and everyone at AdamW's best rate."""
   laboratory = runs.Laboratory(args.results, args.data)
   results = runs.load(args.results)
   for name in args.task:
@@ -211,13 +217,27 @@ def seeds(args: argparse.Namespace) -> None:
         tqdm.write(f'{name} {contender}: no run of {steps} steps yet; call tune first')
         continue
       plan = [(rate, steps)]
-      if contender == 'adamw':
+      if contender in runs.REFERENCES:
         plan += [(rate, max(1, round(h * steps))) for h in args.horizons]
-      elif adamw:
+      if adamw:
         plan.append((adamw, steps))
       for number in args.seed:
         for rate, length in dict.fromkeys(plan):
           laboratory(runs.Run(name, contender, rate, length, number))
+
+
+def sensitivity(args: argparse.Namespace) -> None:
+  laboratory = runs.Laboratory(args.results, args.data)
+  results = runs.load(args.results)
+  for name in args.task:
+    steps = TASKS[name].steps
+    own = [r for r in results if (r['task'], r['contender']) == (name, 'bsfa')]
+    rate = runs.best_rate(own, TASKS[name], steps)
+    if rate is None:
+      tqdm.write(f'{name}: no run of bsfa of {steps} steps yet; call tune first')
+      continue
+    for variant in VARIANTS:
+      laboratory(runs.Run(name, variant, rate, steps, 0))
 
 
 def time(args: argparse.Namespace) -> None:
@@ -248,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     'run': run,
     'tune': tune,
     'seeds': seeds,
+    'sensitivity': sensitivity,
     'time': time,
     'reproduce': reproduce,
   }

@@ -71,6 +71,11 @@ def adam(task: Task) -> optax.GradientTransformation:
   return optax.scale_by_adam(b1=0.9, b2=task.b2)
 
 
+def nadam(task: Task) -> optax.GradientTransformation:
+  """Adam with Nesterov's momentum, which Muon has too."""
+  return optax.scale_by_adam(b1=0.9, b2=task.b2, nesterov=True)
+
+
 def momentum(task: Task) -> optax.GradientTransformation:
   del task
   return optax.trace(decay=0.9)
@@ -142,6 +147,7 @@ def _bsfa(
   *,
   history: Direction | None = None,
   filter_options: dict[str, Any] | None = None,
+  blocks: Any = _hidden_names,
   decays: bool = True,
   **estimator_options: Any,
 ) -> Contender:
@@ -152,7 +158,7 @@ def _bsfa(
     return bsfa_optax.accelerate(
       base(task),
       history=history and history(task),
-      estimator=estimator(blocks=_hidden_names, **estimator_options),
+      estimator=estimator(blocks=blocks, **estimator_options),
       **of_filter,
     )
 
@@ -167,27 +173,68 @@ def _bsfa(
   return Contender(direction, learning_rate, settings, decays)
 
 
+# The filter as the alias has it; that of `bsfa` and `accelerate` has two levels.
+_GRADED = {
+  name: inspect.signature(bsfa_optax.bsfa_adamw).parameters[name].default
+  for name in ('alpha', 'gamma', 'exponent', 'preserve_norm')
+}
+
 # Momentum's updates have no set size, so that a decay in proportion to the learning
 # rate would be many times that of the others: it has none.
 CONTENDERS = {
   'adamw': _plain(adam, 4e-3),
+  'nadamw': _plain(nadam, 4e-3),
   'sgdm': _plain(momentum, 0.256, decays=False, momentum=0.9),
   'muon': _plain(muon, 1.6e-2, consistent_rms=0.2),
   'galore': _plain(galore, 8e-3, **_GALORE),
   'kron': _plain(kron, 2e-3, package='psgdax'),
-  'bsfa': _bsfa(adam, 1.6e-2),
+  'bsfa': _bsfa(nadam, 2.26e-2, filter_options=_GRADED),
+  'bsfa-adam': _bsfa(adam, 2.26e-2, filter_options=_GRADED),
+  'bsfa-two-level': _bsfa(adam, 1.6e-2),
   'bsfa-pca': _bsfa(adam, 8e-3, bsfa_optax.pca),
   'bsfa-dct': _bsfa(adam, 8e-3, bsfa_optax.dct),
-  'bsfa-graded': _bsfa(
-    adam,
-    1.6e-2,
-    filter_options={'alpha': 0.1, 'gamma': 4.0, 'exponent': 0.5, 'preserve_norm': True},
+  'bsfa-hessian': _bsfa(
+    adam, 8e-3, bsfa_optax.hessian_lanczos, blocks='all', refresh_every=20
   ),
   'bsfa-gradients': _bsfa(adam, 1.6e-2, history=gradients),
   'bsfa-metric': _bsfa(adam, 1.6e-2, history=adams_metric),
-  'bsfa-muon': _bsfa(muon, 1.6e-2),
-  'bsfa-sgdm': _bsfa(momentum, 0.256, decays=False),
+  'bsfa-muon': _bsfa(muon, 1.6e-2, filter_options=_GRADED),
+  'bsfa-sgdm': _bsfa(momentum, 0.256, filter_options=_GRADED, decays=False),
 }
+
+# `bsfa` with one option changed, for the figure of its sensitivity.
+_FILTER_VALUES = {
+  'alpha': (0.025, 0.05, 0.2, 0.4),
+  'gamma': (1.0, 2.0, 8.0, 16.0),
+  'exponent': (0.25, 0.35, 0.7, 1.0),
+}
+_ESTIMATOR_VALUES = {'decay': (0.5, 0.75, 0.95, 0.98), 'refresh_every': (1, 5, 10, 20)}
+
+
+class Variant(NamedTuple):
+  """A contender that differs from `bsfa` in one option."""
+
+  option: str
+  value: float
+  contender: Contender
+
+
+VARIANTS = {
+  f'bsfa-{option}-{value:g}': Variant(
+    option,
+    value,
+    _bsfa(nadam, 2.26e-2, filter_options=_GRADED | {option: value})
+    if option in _FILTER_VALUES
+    else _bsfa(nadam, 2.26e-2, filter_options=_GRADED, **{option: value}),
+  )
+  for option, values in (_FILTER_VALUES | _ESTIMATOR_VALUES).items()
+  for value in values
+}
+
+
+def find(name: str) -> Contender:
+  """A contender or a variant of `bsfa` by its name."""
+  return VARIANTS[name].contender if name in VARIANTS else CONTENDERS[name]
 
 
 def make_optimizer(

@@ -16,7 +16,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from benchmarks import runs
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CONTENDERS, VARIANTS
 from benchmarks.examples import adamw_steps_worth
 from benchmarks.runs import Result
 from benchmarks.tasks import Task, TASKS
@@ -26,12 +26,12 @@ SEEDS = 3  # fewer are reported as missing
 
 
 class Study(NamedTuple):
-  """The results of a task: AdamW's of any length, the others' of the task's own."""
+  """The results of a task: the references' of any length, others' of the task's own."""
 
   name: str
   task: Task
   runs: dict[str, dict[float, dict[int, Result]]]  # contender, rate, seed
-  adamw: dict[int, list[Result]]  # seed; all lengths at the best rate
+  lengths: dict[str, dict[int, list[Result]]]  # reference, seed; all at its best rate
   times: dict[str, dict]
 
   @property
@@ -40,18 +40,20 @@ class Study(NamedTuple):
     return [name for name in CONTENDERS if name in self.runs]
 
   def scores(self, contender: str, rate: float) -> dict[int, float]:
-    found = self.runs[contender].get(rate, {})
+    found = self.runs.get(contender, {}).get(rate, {})
     return {seed: runs.score(self.task, result) for seed, result in found.items()}
 
   def best_rate(self, contender: str) -> float | None:
-    results = [r for seeds in self.runs[contender].values() for r in seeds.values()]
+    rates = self.runs.get(contender, {}).values()
+    results = [r for seeds in rates for r in seeds.values()]
     return runs.best_rate(results, self.task, self.task.steps)
 
 
 class SpeedUp(NamedTuple):
-  """Steps of tuned AdamW over steps of a contender, for one seed.
+  """Steps of a tuned reference over steps of a contender, for one seed.
 
-  `relation` is '=', or '<' or '>' where AdamW's runs are all too long or too short.
+  `relation` is '=', or '<' or '>' where the reference's runs are all too long or too
+  short.
   """
 
   relation: str
@@ -62,28 +64,32 @@ def study(name: str, results: Iterable[Result], times: dict[str, dict]) -> Study
   """Sorts the results of a task."""
   task = TASKS[name]
   own: dict = defaultdict(lambda: defaultdict(dict))
-  longer = []
+  of_all_lengths = []
   for result in results:
     if result['steps'] == task.steps:
       rate, seed = result['learning_rate'], result['seed']
       own[result['contender']][rate][seed] = result
-    if result['contender'] == 'adamw':
-      longer.append(result)
-  sorted_ = Study(name, task, own, defaultdict(list), times)
-  best = sorted_.best_rate('adamw') if 'adamw' in own else None
-  for result in longer:
-    if result['learning_rate'] == best:
-      sorted_.adamw[result['seed']].append(result)
+    if result['contender'] in runs.REFERENCES:
+      of_all_lengths.append(result)
+  lengths = {reference: defaultdict(list) for reference in runs.REFERENCES}
+  sorted_ = Study(name, task, own, lengths, times)
+  for result in of_all_lengths:
+    reference = result['contender']
+    if result['learning_rate'] == sorted_.best_rate(reference):
+      lengths[reference][result['seed']].append(result)
   return sorted_
 
 
-def speed_ups(of: Study, contender: str, rate: float) -> list[SpeedUp]:
-  """One for each seed that has AdamW runs of several lengths."""
+def speed_ups(
+  of: Study, contender: str, rate: float, reference: str = 'adamw'
+) -> list[SpeedUp]:
+  """One for each seed that has runs of several lengths of the reference."""
   found = []
   for seed, loss in of.scores(contender, rate).items():
-    reference = [(r['steps'], runs.score(of.task, r)) for r in of.adamw.get(seed, ())]
-    if len(reference) > 1:
-      worth = adamw_steps_worth(loss, reference)
+    longer = of.lengths[reference].get(seed, ())
+    curve = [(r['steps'], runs.score(of.task, r)) for r in longer]
+    if len(curve) > 1:
+      worth = adamw_steps_worth(loss, curve)
       found.append(SpeedUp(worth.relation, worth.steps / of.task.steps))
   return found
 
@@ -128,7 +134,8 @@ def tuned_table(of: Study) -> str:
   )
   head = ['contender', 'learning rate', label(of.task)]
   head += ['accuracy'] if accurate else []
-  head += ['speed-up in steps', 'time of a step', 'speed-up in time', 'state, B/param']
+  head += ['speed-up in steps', "in Muon's steps", 'time of a step']
+  head += ['speed-up in time', 'state, B/param']
   rows = []
   for contender in of.contenders:
     rate = of.best_rate(contender)
@@ -144,6 +151,7 @@ def tuned_table(of: Study) -> str:
       row.append(spread(r['accuracy'] for r in seeds.values() if 'accuracy' in r))
     row += [
       factor(ups),
+      factor(speed_ups(of, contender, rate, 'muon')),
       f'{ratio:.2f}x' if ratio else '-',
       factor(ups, ratio) if ratio else '-',
       f'{one["state_bytes"] / one["parameters"]:.1f}',
@@ -166,14 +174,17 @@ def equal_rate_table(of: Study) -> str:
   )
 
 
-def adamw_table(of: Study) -> str:
+def reference_table(of: Study) -> str:
   """What the speed-ups are measured against."""
-  by_steps: dict[int, list[float]] = defaultdict(list)
-  for results in of.adamw.values():
-    for result in results:
-      by_steps[result['steps']].append(runs.score(of.task, result))
-  rows = [[str(s), spread(v), str(len(v))] for s, v in sorted(by_steps.items())]
-  return markdown(["AdamW's steps", label(of.task), 'seeds'], rows)
+  rows = []
+  for reference, by_seed in of.lengths.items():
+    by_steps: dict[int, list[float]] = defaultdict(list)
+    for results in by_seed.values():
+      for result in results:
+        by_steps[result['steps']].append(runs.score(of.task, result))
+    for steps, scores in sorted(by_steps.items()):
+      rows.append([reference, str(steps), spread(scores), str(len(scores))])
+  return markdown(['reference', 'steps', label(of.task), 'seeds'], rows)
 
 
 def sweep_table(of: Study) -> str:
@@ -277,6 +288,38 @@ def plot_speed_ups(studies: list[Study], path: Path) -> None:
   save(figure, path)
 
 
+def plot_sensitivity(of: Study, path: Path) -> None:
+  """Loss over one option of `bsfa` at a time; a ring marks the default."""
+  rate = of.best_rate('bsfa')
+  default = of.runs['bsfa'][rate][0]
+  settings = default['settings']['filter'] | default['settings']['estimator']
+  curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+  for name, variant in VARIANTS.items():
+    loss = of.scores(name, rate).get(0, math.inf)
+    if math.isfinite(loss):
+      curves[variant.option].append((variant.value, loss))
+  figure, axes = plt.subplots(
+    1, len(curves), figsize=(2.2 * len(curves) + 1, 3.2), layout='constrained',
+    sharey=True, squeeze=False,
+  )  # fmt: skip
+  for one, (option, points) in zip(axes[0], curves.items(), strict=True):
+    middle = (settings[option], runs.score(of.task, default))
+    one.plot(
+      *zip(*sorted([*points, middle]), strict=True), '.-', color='C0', label='bsfa'
+    )
+    one.plot(*middle, 'o', color='C0', markersize=10, fillstyle='none')
+    for number, reference in enumerate(runs.REFERENCES, 1):
+      best = of.best_rate(reference)
+      if best is not None:
+        loss = of.scores(reference, best)[0]
+        one.axhline(loss, color=f'C{number}', linestyle='--', label=reference)
+    one.set(xlabel=option, xscale='log')
+  axes[0, 0].set_ylabel(label(of.task))
+  axes[0, -1].legend(fontsize='small')
+  figure.suptitle(f'{of.task.title}, seed 0', fontsize='medium')
+  save(figure, path)
+
+
 # The page.
 
 
@@ -318,9 +361,14 @@ def missing(of: Study) -> list[str]:
       lacks.append(f"{name}'s best rate, {rate:g}, is at the end of its grid")
     if name not in of.times:
       lacks.append(f'no time of {name}')
-  if not any(len(results) > 1 for results in of.adamw.values()):
-    lacks.append("AdamW's runs of other lengths, hence all speed-ups")
+  for reference, by_seed in of.lengths.items():
+    if not any(len(results) > 1 for results in by_seed.values()):
+      lacks.append(f'runs of {reference} of other lengths, hence all speed-ups over it')
   return lacks
+
+
+def has_variants(of: Study) -> bool:
+  return any(name in of.runs for name in VARIANTS) and of.best_rate('bsfa') is not None
 
 
 def section(of: Study) -> str:
@@ -328,13 +376,19 @@ def section(of: Study) -> str:
   parts = [f'### {of.name}: {of.task.title}, {of.task.steps} steps']
   parts += ['At the best learning rate of each:', tuned_table(of)]
   parts.append(f'![Loss curves](figures/curves-{of.name}.png)')
-  if of.contenders and of.adamw:
+  if of.best_rate('adamw') is not None:
     parts += [
       "At **equal** learning rate, AdamW's best, which says little about contenders"
       ' that are best at another:',
       equal_rate_table(of),
       'What the speed-ups are measured against:',
-      adamw_table(of),
+      reference_table(of),
+    ]
+  if has_variants(of):
+    parts += [
+      'BSFA with one option changed, at the rate that is best with the defaults'
+      ' (rings); dashed: the others at their best.',
+      f'![Sensitivity](figures/sensitivity-{of.name}.png)',
     ]
   parts += ['All learning rates, the best of seed 0 in bold:', sweep_table(of)]
   parts.append(f'![Learning rates](figures/sweep-{of.name}.png)')
@@ -360,6 +414,8 @@ def write(results_folder: Path, docs: Path) -> None:
   for one in studies:
     plot_sweep(one, figures / f'sweep-{one.name}.png')
     plot_curves(one, figures / f'curves-{one.name}.png')
+    if has_variants(one):
+      plot_sensitivity(one, figures / f'sensitivity-{one.name}.png')
   if studies:
     plot_speed_ups(studies, figures / 'speed-ups.png')
   sections = ['![Speed-ups](figures/speed-ups.png)', *map(section, studies)]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-from benchmarks.contenders import Contender, CONTENDERS, make_optimizer
+from benchmarks.contenders import Contender, find, make_optimizer
 from benchmarks.tasks import Problem, Task, TASKS
 import bsfa_optax
 
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
 READ_EVERY = 10  # steps between two looks at the losses: each waits for the device
 CURVE_POINTS = 60  # at most
+REFERENCES = ('adamw', 'muon')  # speed-ups are over these; trained at other lengths
 LAST_STEPS = 50  # `train_loss` is the mean over so many steps
 
 Result = dict[str, Any]
@@ -115,9 +116,12 @@ class Trainer:
     return make_optimizer(self.contender, self.task, schedule)
 
   def _traced_step(self, params, opt_state, batch, rate, steps):
-    loss, gradient = jax.value_and_grad(self.problem.loss)(params, batch)
-    optimizer = self._optimizer(rate, steps)
-    updates, opt_state = optimizer.update(gradient, opt_state, params)
+    value_fn = lambda params: self.problem.loss(params, batch)
+    loss, gradient = jax.value_and_grad(value_fn)(params)
+    optimizer = optax.with_extra_args_support(self._optimizer(rate, steps))
+    updates, opt_state = optimizer.update(
+      gradient, opt_state, params, value_fn=value_fn
+    )
     return optax.apply_updates(params, updates), opt_state, loss
 
   def start(self, seed: int) -> tuple[Any, Any]:
@@ -183,9 +187,7 @@ class Laboratory:
     self.data = data
     self.problem = functools.cache(lambda task: TASKS[task].build(data))
     self.trainer = functools.cache(
-      lambda task, contender: Trainer(
-        TASKS[task], self.problem(task), CONTENDERS[contender]
-      )
+      lambda task, contender: Trainer(TASKS[task], self.problem(task), find(contender))
     )
 
   def __call__(self, run: Run) -> Result:
@@ -193,7 +195,7 @@ class Laboratory:
     path = run.path(self.results)
     if path.exists():
       result = json.loads(path.read_text())
-      _check_settings(path, result, CONTENDERS[run.contender])
+      _check_settings(path, result, find(run.contender))
       return result
     trainer = self.trainer(run.task, run.contender)
     label = f'{run.task} {path.stem}'

@@ -63,7 +63,8 @@ def bsfa(
   Where to put it in a chain:
 
   * ``bsfa_adamw(lr)``: between Adam's direction and the decoupled weight decay.
-    Neither the decay nor the learning rate is filtered. Take this one with AdamW.
+    Neither the decay nor the learning rate is filtered. Take this one with AdamW. Its
+    own default is the graded filter.
   * ``optax.chain(optax.adamw(lr), bsfa())``, the published placement: the whole update
     is filtered, weight decay included. The learning rate scales what the estimator
     sees, so with a schedule the early, larger updates weigh more in `pca`

@@ -97,7 +97,7 @@ def test_result_says_what_it_is_of(tiny, tmp_path):
   assert result['step_ms'] > 0
   assert result['parameters'] == 16
   assert result['state_bytes'] > 2 * 4 * 16
-  assert result['settings']['filter']['gamma'] == 2.0
+  assert result['settings']['filter']['gamma'] == 4.0
   assert result['recipe']['weight_decay'] == 0.1
   assert result['versions']['jax']
   assert result['machine']['platform'] == 'cpu'
@@ -239,6 +239,7 @@ def test_tune_and_seeds(tiny, tmp_path, capsys):
   for steps in 10, 20, 40:
     of_length = [r for r in adamw if (r['steps'], r['learning_rate']) == (steps, best)]
     assert [r['seed'] for r in of_length] == [0, 1, 2]
+  assert all(r['steps'] == 20 for r in found if r['contender'] == 'sgdm')
   equal = [r for r in found if (r['contender'], r['learning_rate']) == ('sgdm', best)]
   assert {r['seed'] for r in equal} == {0, 1, 2}
 
@@ -348,6 +349,8 @@ def study(tiny, tmp_path):
       save_result(results, 'adamw', 0.1, seed, loss + 0.01 * seed, steps)
     save_result(results, 'bsfa', 0.2, seed, 0.5 + 0.01 * seed)
     save_result(results, 'sgdm', 0.2, seed, 2.5)
+    for steps, loss in (20, 0.75), (40, 0.25):
+      save_result(results, 'muon', 0.2, seed, loss + 0.01 * seed, steps)
   for contender, rate, loss in (
     ('adamw', 0.05, 1.2),
     ('adamw', 0.2, 1.3),
@@ -374,16 +377,16 @@ def test_report_writes_tables_and_figures(study, capsys):
   assert page.startswith('before\n')
   assert page.endswith('\nafter\n')
   tuned, equal, *sweep = rows_of(page, 'bsfa')
-  mean = '0.5100 ± 0.0100'
-  assert tuned == ['bsfa', '0.2', mean, '2.00 ± 0.00x', '1.60x', '1.25 ± 0.00x', '8.0']
+  speed_ups = ['2.00 ± 0.00x', '1.41 ± 0.00x', '1.60x', '1.25 ± 0.00x']
+  assert tuned == ['bsfa', '0.2', '0.5100 ± 0.0100', *speed_ups, '8.0']
   assert equal == ['bsfa', '0.7500', '1.41x', '1']  # half way in log(steps)
   assert [row[1] for row in sweep] == ['0.1', '**0.2**', '0.4']
   assert sweep[2][2] == 'diverged'
-  assert rows_of(page, 'sgdm')[0][3] == '<0.50 ± 0.00x'
+  assert rows_of(page, 'sgdm')[0][3:5] == ['<0.50 ± 0.00x', '<1.00 ± 0.00x']
   names = {'sweep-tiny.png', 'curves-tiny.png', 'speed-ups.png'}
   assert set(files(docs / 'figures')) == names
   printed = capsys.readouterr().out
-  assert 'tiny: missing: no run of muon' in printed
+  assert 'tiny: missing: no run of kron' in printed
   assert "sgdm's best rate, 0.2, is at the end of its grid" in printed
   assert 'no time of sgdm' in printed
   assert 'of bsfa at' not in printed
@@ -406,6 +409,28 @@ def test_report_without_results_says_so(tmp_path, capsys):
   assert 'missing: everything' in capsys.readouterr().out
 
 
+def test_sensitivity(tiny, tmp_path, monkeypatch, capsys):
+  results, docs = tmp_path / 'results', tmp_path / 'docs'
+  docs.mkdir()
+  (docs / report.PAGE).write_text(PAGE)
+  some = ('bsfa-alpha-0.2', 'bsfa-refresh_every-5')
+  monkeypatch.setattr(
+    command, 'VARIANTS', {name: contenders.VARIANTS[name] for name in some}
+  )
+  options = ['--task', tiny, '--results', str(results)]
+  main('sensitivity', *options)
+  assert 'call tune first' in capsys.readouterr().out
+  main('run', *options, '--contender', 'bsfa', '--learning-rate', '0.1')
+  main('sensitivity', *options)
+  changed = {r['contender']: r['settings'] for r in runs.load(results)}
+  assert set(changed) == {'bsfa', *some}
+  assert changed[some[0]]['filter'] == changed['bsfa']['filter'] | {'alpha': 0.2}
+  assert changed[some[1]]['estimator']['refresh_every'] == '5'
+  main('report', '--results', str(results), '--docs', str(docs))
+  assert (docs / 'figures' / 'sensitivity-tiny.png').exists()
+  assert 'figures/sensitivity-tiny.png' in (docs / report.PAGE).read_text()
+
+
 def test_times_are_in_units_of_adamw_and_accumulate(tiny, tmp_path):
   options = ['time', '--task', tiny, '--rounds', '2', '--steps-a-round', '3']
   options += ['--results', str(tmp_path)]
@@ -423,4 +448,4 @@ def test_committed_results_are_of_contenders():
   for result in found:
     run = runs.Run(*(result[name] for name in runs.Run._fields))
     assert run.path(runs.RESULTS).exists()
-    assert run.contender in contenders.CONTENDERS
+    assert contenders.find(run.contender)
