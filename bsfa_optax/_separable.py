@@ -36,7 +36,7 @@ def partition(
 
 def named_axes(
   params: Any, parts: _blocks.Blocks, axes: _blocks.BatchAxes
-) -> list[tuple[int, ...]]:
+) -> list[tuple[tuple[int, ...], bool]]:
   """For each leaf in a block the axes that may have a basis, ascending.
 
   Args:
@@ -45,7 +45,8 @@ def named_axes(
     axes: see `bsfa_optax.kronecker`.
 
   Returns:
-    The named axes, or all but the batch axes where none are named.
+    The named axes, or all but the batch axes where none are named, and which it is:
+    whether they are named.
 
   Raises:
     ValueError: for an axis out of range, a batch axis, or no named axes for a leaf that
@@ -53,7 +54,7 @@ def named_axes(
   """
   tree = _blocks.unbox(params)
   specs = _blocks.broadcast(axes, tree, _blocks.is_axes, 'axes')
-  found = []
+  found: list[tuple[tuple[int, ...], bool]] = []
   for block, i, batch, split, x in zip(
     parts.blocks,
     parts.leaves,
@@ -70,7 +71,7 @@ def named_axes(
         ' if there are none.'
       )
     if spec is None:
-      found.append(tuple(a for a in range(x.ndim) if a not in batch))
+      found.append((tuple(a for a in range(x.ndim) if a not in batch), False))
       continue
     value = (spec,) if isinstance(spec, int) else spec
     if not _blocks.is_axes(value) or any(not -x.ndim <= a < x.ndim for a in value):
@@ -84,7 +85,7 @@ def named_axes(
         f'axes must not be batch axes, got axes={spec} for {block.label!r}, whose batch'
         f' axes are {batch}; name an axis in one of them only.'
       )
-    found.append(value)
+    found.append((value, True))
   return found
 
 

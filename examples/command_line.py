@@ -113,7 +113,7 @@ def make_parser(
     nargs='*',
     type=positive(float),
     metavar='X',
-    default=[1.0, 1.5, 2.0],
+    default=[1.0, 1.5, 2.0, 2.5],
     help='AdamW is trained for each X times --steps, to say how many AdamW steps a '
     'loss is worth; give none to leave that out, for example in a sweep',
   )

@@ -86,7 +86,7 @@ PRESETS = {
 # the larger presets AdamW's is the literature's; the others await a sweep of their own.
 LEARNING_RATES = {
   'toy': {'adamw': 1e-2, 'bsfa': 1e-2, 'muon': 1e-2},
-  'small': {'adamw': 8e-3, 'bsfa': 2.4e-2, 'muon': 2e-2},
+  'small': {'adamw': 8e-3, 'bsfa': 3.2e-2, 'muon': 2e-2},
   'llama-72m': {'adamw': 6e-4, 'bsfa': 6e-4, 'muon': 6e-4},
   'llama-134m': {'adamw': 6e-4, 'bsfa': 6e-4, 'muon': 6e-4},
 }

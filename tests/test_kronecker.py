@@ -85,6 +85,10 @@ def run(exponent, updates, **options):
   return filtered, state
 
 
+def all_axes_of_four(params):
+  return dict.fromkeys(params) | {'four': (0, 1, 2, 3)}
+
+
 def assert_close(actual, desired, tol=TOL):
   error = np.linalg.norm(np.asarray(actual, np.float64) - desired)
   assert error <= tol * np.linalg.norm(desired)
@@ -103,11 +107,17 @@ def test_filter_is_that_of_the_dense_covariance(name, dtype):
     'large': (14, 4),  # more than max_size
   }
   axes = {k: tuple(range(len(shape))) for k, shape in shapes.items()}
-  axes |= {'one': (), 'wide': (0,), 'large': (1,)}
+  axes |= {'one': (), 'wide': (0,), 'large': (1,), 'three': (0, 1)}
   with jax.enable_x64(dtype == 'float64'):
     updates = make_updates(shapes, 8, dtype)
     filtered, state = run(
-      exponent, updates, decay=0.6, refresh_every=2, max_size=12, max_ratio=4.0
+      exponent,
+      updates,
+      decay=0.6,
+      refresh_every=2,
+      max_size=12,
+      max_ratio=4.0,
+      axes=all_axes_of_four,
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(filtered, updates[0])
   dense = [jax.tree.map(lambda x: np.asarray(x, np.float64), u) for u in updates]
@@ -159,7 +169,9 @@ def test_factors_are_refreshed_only_when_due():
 @pytest.mark.parametrize(
   ('axes', 'factored'),
   [
-    (None, {'matrix': (0,), 'three': (0, 1, 2)}),  # the other is above `max_size`
+    # The other is above `max_size`; of three, the two longest.
+    (None, {'matrix': (0,), 'three': (0, 1)}),
+    ({'matrix': None, 'three': (0, 1, 2)}, {'matrix': (0,), 'three': (0, 1, 2)}),
     (-1, {'matrix': (), 'three': (2,)}),
     ({'matrix': (1, 0), 'three': ()}, {'matrix': (0,), 'three': ()}),
     ({'matrix': 0, 'three': (2, 0)}, {'matrix': (0,), 'three': (0, 2)}),
@@ -168,7 +180,7 @@ def test_factors_are_refreshed_only_when_due():
       {'matrix': (0,), 'three': (1,)},
     ),
   ],
-  ids=['default', 'int', 'none', 'tree', 'function'],
+  ids=['default', 'all', 'int', 'none', 'tree', 'function'],
 )
 def test_named_axes(axes, factored):
   updates = make_updates({'matrix': (4, 6), 'three': (3, 4, 2)}, 4)

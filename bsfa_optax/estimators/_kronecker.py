@@ -61,8 +61,9 @@ def kronecker(
   :math:`G G^\top / |G|^2` and :math:`G^\top G / |G|^2`. Its principal directions are
   the outer products of the eigenvectors of both, and the variance along the pair
   (i, j) is :math:`l_i r_j`: all directions of the block are resolved, where `pca`
-  keeps a few. Arrays of more axes have a factor for every axis. A direction is
-  dominant where its variance exceeds the block's mean.
+  keeps a few. Of arrays with more axes the two longest have a factor: those of a
+  convolution's kernel that count the channels, not its window. A direction is dominant
+  where its variance exceeds the block's mean.
 
   Only eigenvectors and eigenvalues are stored, no covariance factors: each refresh
   takes the update of its step into the factors' eigenbasis, adds it there to the
@@ -86,8 +87,8 @@ def kronecker(
       axes together: the factor would cost far more than the update.
     axes: the axes that may have a factor, within `max_size` and `max_ratio`: a tree
       like the parameters (or a prefix of it) with leaves None, int or tuple of ints, or
-      a function from parameters to such a tree. None stands for all but the batch
-      axes. A leaf without a factored axis is left alone.
+      a function from parameters to such a tree. None stands for the two longest that
+      are no batch axes. A leaf without a factored axis is left alone.
     storage_dtype: dtype of the stored eigenvectors.
     blocks: labels of the leaves to filter, None for those to leave alone; see
       `bsfa_optax.pca`. Here every leaf is a block of its own.
@@ -144,17 +145,20 @@ def kronecker(
   def factored_axes(params, parts):
     """For each leaf in a block the axes with a factor."""
     named = _separable.named_axes(params, parts, axes)
+    found = []
     # Shards are smaller, but no factored axis is split: all devices agree.
-    return [
-      tuple(
+    for x, (axes_of_leaf, chosen), block in zip(
+      parts.select(_blocks.unbox(params)), named, parts.blocks, strict=True
+    ):
+      fit = [
         axis
-        for axis in allowed
+        for axis in axes_of_leaf
         if 1 < (n := x.shape[axis]) <= max_size and n <= max_ratio * (block.size // n)
-      )
-      for x, allowed, block in zip(
-        parts.select(_blocks.unbox(params)), named, parts.blocks, strict=True
-      )
-    ]
+      ]
+      if not chosen:
+        fit = [axis for _, axis in sorted((x.shape[axis], axis) for axis in fit)[-2:]]
+      found.append(tuple(sorted(fit)))
+    return found
 
   def leaves_of(parts, tree, state):
     """Leaf, factors, factored axes and batch axes of each leaf in a block."""
