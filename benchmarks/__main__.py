@@ -206,19 +206,20 @@ def seeds(args: argparse.Namespace) -> None:
   for name in args.task:
     task, steps = TASKS[name], args.steps or TASKS[name].steps
 
-    def best(contender, name=name, task=task, steps=steps):
+    def best(contender, steps, name=name, task=task):
       own = [r for r in results if (r['task'], r['contender']) == (name, contender)]
       return runs.best_rate(own, task, steps)
 
-    adamw = best('adamw')
+    adamw = best('adamw', steps)
     for contender in args.contender:
-      rate = best(contender)
+      rate = best(contender, steps)
       if rate is None:
         tqdm.write(f'{name} {contender}: no run of {steps} steps yet; call tune first')
         continue
       plan = [(rate, steps)]
       if contender in runs.REFERENCES:
-        plan += [(rate, max(1, round(h * steps))) for h in args.horizons]
+        lengths = [max(1, round(h * steps)) for h in args.horizons]
+        plan += [(best(contender, length) or rate, length) for length in lengths]
       if adamw:
         plan.append((adamw, steps))
       for number in args.seed:

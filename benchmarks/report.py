@@ -31,7 +31,7 @@ class Study(NamedTuple):
   name: str
   task: Task
   runs: dict[str, dict[float, dict[int, Result]]]  # contender, rate, seed
-  lengths: dict[str, dict[int, list[Result]]]  # reference, seed; all at its best rate
+  lengths: dict[str, dict[int, list[Result]]]  # reference, seed; each at its best rate
   times: dict[str, dict]
 
   @property
@@ -64,20 +64,20 @@ def study(name: str, results: Iterable[Result], times: dict[str, dict]) -> Study
   """Sorts the results of a task."""
   task = TASKS[name]
   own: dict = defaultdict(lambda: defaultdict(dict))
-  of_all_lengths = []
+  by_length = defaultdict(list)
   for result in results:
     if result['steps'] == task.steps:
       rate, seed = result['learning_rate'], result['seed']
       own[result['contender']][rate][seed] = result
     if result['contender'] in runs.REFERENCES:
-      of_all_lengths.append(result)
-  lengths = {reference: defaultdict(list) for reference in runs.REFERENCES}
-  sorted_ = Study(name, task, own, lengths, times)
-  for result in of_all_lengths:
-    reference = result['contender']
-    if result['learning_rate'] == sorted_.best_rate(reference):
-      lengths[reference][result['seed']].append(result)
-  return sorted_
+      by_length[result['contender'], result['steps']].append(result)
+  lengths: dict = {reference: defaultdict(list) for reference in runs.REFERENCES}
+  for (reference, steps), found in by_length.items():
+    best = runs.best_rate(found, task, steps)
+    for result in found:
+      if result['learning_rate'] == best:
+        lengths[reference][result['seed']].append(result)
+  return Study(name, task, own, lengths, times)
 
 
 def speed_ups(
@@ -178,13 +178,16 @@ def reference_table(of: Study) -> str:
   """What the speed-ups are measured against."""
   rows = []
   for reference, by_seed in of.lengths.items():
-    by_steps: dict[int, list[float]] = defaultdict(list)
+    by_steps: dict[tuple, list[float]] = defaultdict(list)
     for results in by_seed.values():
       for result in results:
-        by_steps[result['steps']].append(runs.score(of.task, result))
-    for steps, scores in sorted(by_steps.items()):
-      rows.append([reference, str(steps), spread(scores), str(len(scores))])
-  return markdown(['reference', 'steps', label(of.task), 'seeds'], rows)
+        length = result['steps'], result['learning_rate']
+        by_steps[length].append(runs.score(of.task, result))
+    for (steps, rate), scores in sorted(by_steps.items()):
+      row = [reference, str(steps), f'{rate:g}', spread(scores), str(len(scores))]
+      rows.append(row)
+  head = ['reference', 'steps', 'learning rate', label(of.task), 'seeds']
+  return markdown(head, rows)
 
 
 def sweep_table(of: Study) -> str:
