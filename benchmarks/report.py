@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 import math
-import os
 from pathlib import Path
 import statistics
 from typing import NamedTuple
@@ -341,12 +340,7 @@ def rewrite(page: Path, parts: dict[str, str]) -> None:
         f'{page} has not the lines {begin} and {end}, between which a table belongs'
       )
     text = f'{before}{begin}\n\n{part}\n\n{end}{after}'
-  temporary = page.with_name(f'{page.name}.{os.getpid()}.tmp')
-  try:
-    temporary.write_text(text)
-    temporary.replace(page)
-  finally:
-    temporary.unlink(missing_ok=True)
+  runs.write_text(page, text)
 
 
 def missing(of: Study) -> list[str]:

@@ -50,11 +50,15 @@ class Run(NamedTuple):
 
 
 def write_json(path: Path, content: Any) -> None:
+  write_text(path, json.dumps(content, indent=1, allow_nan=False) + '\n')
+
+
+def write_text(path: Path, text: str) -> None:
   """Writes a file as a whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   try:
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n')
+    temporary.write_text(text)
     temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)
