@@ -173,6 +173,31 @@ def equal_rate_table(of: Study) -> str:
   )
 
 
+def headline_table(studies: list[Study]) -> str:
+  """Muon and BSFA on the tasks where AdamW has other lengths."""
+  head = ['task', 'measure', 'AdamW', 'Muon', 'BSFA', 'Muon, speed-up']
+  head += ['**BSFA, speed-up**', "in Muon's steps", 'in time']
+  rows = []
+  for of in studies:
+    rates = [of.best_rate(name) for name in ('adamw', 'muon', 'bsfa')]
+    if rates[0] is None or rates[2] is None:
+      continue
+    _, muon, ours = rates
+    ups = speed_ups(of, 'bsfa', ours)
+    if not ups:
+      continue
+    losses = [
+      spread(of.scores(name, rate).values()) if rate else '-'
+      for name, rate in zip(('adamw', 'muon', 'bsfa'), rates, strict=True)
+    ]
+    ratio = of.times.get('bsfa', {}).get('times_adamw')
+    over_muon = factor(speed_ups(of, 'bsfa', ours, 'muon'))
+    of_muon = factor(speed_ups(of, 'muon', muon)) if muon else '-'
+    row = [f'`{of.name}`', label(of.task), *losses, of_muon, f'**{factor(ups)}**']
+    rows.append([*row, over_muon, factor(ups, ratio) if ratio else '-'])
+  return markdown(head, rows)
+
+
 def reference_table(of: Study) -> str:
   """What the speed-ups are measured against."""
   rows = []
@@ -393,7 +418,10 @@ def section(of: Study) -> str:
 
 
 def write(results_folder: Path, docs: Path) -> None:
-  """Rewrites the generated part of the page and the figures; prints what is missing."""
+  """Rewrites the generated parts of page and README, and the figures.
+
+  Prints what is missing.
+  """
   by_task: dict[str, list[Result]] = defaultdict(list)
   for result in runs.load(results_folder):
     by_task[result['task']].append(result)
@@ -418,3 +446,6 @@ def write(results_folder: Path, docs: Path) -> None:
   sections = ['![Speed-ups](figures/speed-ups.png)', *map(section, studies)]
   text = '\n\n'.join(sections if studies else ['No results yet.'])
   rewrite(docs / PAGE, {'generated': text})
+  readme = docs.parent / 'README.md'
+  if studies and readme.exists():
+    rewrite(readme, {'headline': headline_table(studies)})

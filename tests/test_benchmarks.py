@@ -372,7 +372,17 @@ def rows_of(page: str, contender: str) -> list[list[str]]:
 
 def test_report_writes_tables_and_figures(study, capsys):
   results, docs = study
+  readme = docs.parent / 'README.md'
+  readme.write_text(PAGE.replace('generated', 'headline'))
   main('report', '--results', str(results), '--docs', str(docs))
+  (headline,) = rows_of(readme.read_text(), '`tiny`')
+  assert headline[4:] == [
+    '0.5100 ± 0.0100',
+    '1.41 ± 0.00x',
+    '**2.00 ± 0.00x**',
+    '1.41 ± 0.00x',
+    '1.25 ± 0.00x',
+  ]
   page = (docs / report.PAGE).read_text()
   assert page.startswith('before\n')
   assert page.endswith('\nafter\n')
