@@ -233,8 +233,8 @@ def label(task: Task) -> str:
 # Figures.
 
 
-def colour(contender: str) -> str:
-  return f'C{list(CONTENDERS).index(contender) % 10}'
+def colour(contender: str) -> tuple[float, ...]:
+  return plt.colormaps['tab20'](list(CONTENDERS).index(contender))
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -341,6 +341,9 @@ def plot_sensitivity(of: Study, path: Path) -> None:
         loss = of.scores(reference, best)[0]
         one.axhline(loss, color=f'C{number}', linestyle='--', label=reference)
     one.set(xlabel=option, xscale='log')
+    values = sorted(value for value, _ in [*points, middle])
+    one.set_xticks(values, [f'{value:g}' for value in values], rotation=90)
+    one.minorticks_off()
   axes[0, 0].set_ylabel(label(of.task))
   axes[0, -1].legend(fontsize='small')
   figure.suptitle(f'{of.task.title}, seed 0', fontsize='medium')
