@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+import functools
 import math
 from pathlib import Path
 import statistics
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import literature, report, runs
 from benchmarks.contenders import CONTENDERS, UnknownPackage, VARIANTS
+from benchmarks.progress import Progress
 from benchmarks.tasks import MissingData, TASKS
 
 DOCS = Path(__file__).parents[1] / 'docs'
@@ -163,7 +165,8 @@ def make_parser() -> argparse.ArgumentParser:
   reproducing.set_defaults(results=runs.RESULTS / 'literature')
 
   reporting = command(
-    'report', 'tables and figures of docs/benchmarks.md and docs/literature.md'
+    'report',
+    'tables and figures of docs/benchmarks.md, docs/literature.md and README.md',
   )
   reporting.add_argument(
     '--docs', type=Path, default=DOCS, metavar='DIR', help='folder of the pages (docs)'
@@ -199,17 +202,20 @@ def tune(args: argparse.Namespace) -> None:
       )
 
 
+def best_rate(
+  results: list[runs.Result], task: str, contender: str, steps: int
+) -> float | None:
+  own = [r for r in results if (r['task'], r['contender']) == (task, contender)]
+  return runs.best_rate(own, TASKS[task], steps)
+
+
 def seeds(args: argparse.Namespace) -> None:
   """Also the references' other lengths, and everyone at AdamW's best rate."""
   laboratory = runs.Laboratory(args.results, args.data)
   results = runs.load(args.results)
   for name in args.task:
-    task, steps = TASKS[name], args.steps or TASKS[name].steps
-
-    def best(contender, steps, name=name, task=task):
-      own = [r for r in results if (r['task'], r['contender']) == (name, contender)]
-      return runs.best_rate(own, task, steps)
-
+    steps = args.steps or TASKS[name].steps
+    best = functools.partial(best_rate, results, name)
     adamw = best('adamw', steps)
     for contender in args.contender:
       rate = best(contender, steps)
@@ -232,8 +238,7 @@ def sensitivity(args: argparse.Namespace) -> None:
   results = runs.load(args.results)
   for name in args.task:
     steps = TASKS[name].steps
-    own = [r for r in results if (r['task'], r['contender']) == (name, 'bsfa')]
-    rate = runs.best_rate(own, TASKS[name], steps)
+    rate = best_rate(results, name, 'bsfa', steps)
     if rate is None:
       tqdm.write(f'{name}: no run of bsfa of {steps} steps yet; call tune first')
       continue
@@ -248,7 +253,7 @@ def time(args: argparse.Namespace) -> None:
     contenders = dict.fromkeys(['adamw', *args.contender])
     trainers = {name: laboratory.trainer(task, name) for name in contenders}
     turns = (args.rounds + 1) * len(trainers)
-    with tqdm(total=turns, desc=f'{task} times', unit='turn', disable=None) as bar:
+    with Progress(f'{task} times', turns, 'turn') as bar:
       times = runs.step_times(trainers, args.rounds, args.steps_a_round, bar)
     runs.add_times(args.results, task, times)
     medians = [f'{c} {statistics.median(ms):.1f} ms' for c, ms in times.items()]

@@ -121,7 +121,9 @@ def kron(task: Task) -> optax.GradientTransformation:
     import psgdax
   except ImportError as error:
     raise UnknownPackage('contender kron needs: pip install psgdax') from error
-  return psgdax.scale_by_kron(preconditioner_init_scale=None)
+  scale_by_kron = psgdax.scale_by_kron(preconditioner_init_scale=None)
+  # It says that it takes extra arguments, and fails with them.
+  return optax.GradientTransformation(*scale_by_kron)
 
 
 def _defaults(function: Callable) -> dict[str, Any]:
@@ -203,12 +205,13 @@ CONTENDERS = {
 }
 
 # `bsfa` with one option changed, for the figure of its sensitivity.
-_FILTER_VALUES = {
+_VALUES = {
   'alpha': (0.025, 0.05, 0.2, 0.4),
   'gamma': (1.0, 2.0, 8.0, 16.0),
   'exponent': (0.25, 0.35, 0.7, 1.0),
+  'decay': (0.5, 0.75, 0.95, 0.98),
+  'refresh_every': (1, 5, 10, 20),
 }
-_ESTIMATOR_VALUES = {'decay': (0.5, 0.75, 0.95, 0.98), 'refresh_every': (1, 5, 10, 20)}
 
 
 class Variant(NamedTuple):
@@ -219,15 +222,16 @@ class Variant(NamedTuple):
   contender: Contender
 
 
+def _variant(option: str, value: float) -> Variant:
+  of_filter, of_estimator = dict(_GRADED), {}
+  (of_filter if option in _GRADED else of_estimator)[option] = value
+  contender = _bsfa(nadam, 2.26e-2, filter_options=of_filter, **of_estimator)
+  return Variant(option, value, contender)
+
+
 VARIANTS = {
-  f'bsfa-{option}-{value:g}': Variant(
-    option,
-    value,
-    _bsfa(nadam, 2.26e-2, filter_options=_GRADED | {option: value})
-    if option in _FILTER_VALUES
-    else _bsfa(nadam, 2.26e-2, filter_options=_GRADED, **{option: value}),
-  )
-  for option, values in (_FILTER_VALUES | _ESTIMATOR_VALUES).items()
+  f'bsfa-{option}-{value:g}': _variant(option, value)
+  for option, values in _VALUES.items()
   for value in values
 }
 

@@ -5,6 +5,7 @@ import sys
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'examples'))
 
+from checkpoints import StopSignals
 from llama import Llama, next_token_loss, rotate
 from report import adamw_steps_worth
 from text import (
@@ -19,6 +20,7 @@ __all__ = [
   'PRESETS',
   'Llama',
   'Preset',
+  'StopSignals',
   'Text',
   'adamw_steps_worth',
   'next_token_loss',

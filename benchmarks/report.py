@@ -38,8 +38,8 @@ class Study(NamedTuple):
     """Those with results, in the order of the table of contenders."""
     return [name for name in CONTENDERS if name in self.runs]
 
-  def scores(self, contender: str, rate: float) -> dict[int, float]:
-    found = self.runs.get(contender, {}).get(rate, {})
+  def scores(self, contender: str, rate: float | None) -> dict[int, float]:
+    found = self.runs.get(contender, {}).get(rate, {}) if rate else {}
     return {seed: runs.score(self.task, result) for seed, result in found.items()}
 
   def best_rate(self, contender: str) -> float | None:
@@ -80,7 +80,7 @@ def study(name: str, results: Iterable[Result], times: dict[str, dict]) -> Study
 
 
 def speed_ups(
-  of: Study, contender: str, rate: float, reference: str = 'adamw'
+  of: Study, contender: str, rate: float | None, reference: str = 'adamw'
 ) -> list[SpeedUp]:
   """One for each seed that has runs of several lengths of the reference."""
   found = []
@@ -115,6 +115,14 @@ def factor(values: list[SpeedUp], ratio: float = 1.0) -> str:
   return sign + spread((value.factor / ratio for value in values), 2) + 'x'
 
 
+def gains(of: Study, contender: str, rate: float | None) -> tuple[str, str, str]:
+  """Speed-ups over AdamW in steps, over Muon in steps, over AdamW in time."""
+  ups = speed_ups(of, contender, rate)
+  ratio = of.times.get(contender, {}).get('times_adamw')
+  over_muon = factor(speed_ups(of, contender, rate, 'muon'))
+  return factor(ups), over_muon, factor(ups, ratio) if ratio else '-'
+
+
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
   rows = [head, ['---'] * len(head), *rows]
   return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
@@ -142,17 +150,17 @@ def tuned_table(of: Study) -> str:
       rows.append([contender, '-', 'diverged', *['-'] * (len(head) - 3)])
       continue
     seeds = of.runs[contender][rate]
-    ups = speed_ups(of, contender, rate)
+    steps, over_muon, time = gains(of, contender, rate)
     ratio = of.times.get(contender, {}).get('times_adamw')
     one = next(iter(seeds.values()))
     row = [contender, f'{rate:g}', spread(of.scores(contender, rate).values())]
     if accurate:
       row.append(spread(r['accuracy'] for r in seeds.values() if 'accuracy' in r))
     row += [
-      factor(ups),
-      factor(speed_ups(of, contender, rate, 'muon')),
+      steps,
+      over_muon,
       f'{ratio:.2f}x' if ratio else '-',
-      factor(ups, ratio) if ratio else '-',
+      time,
       f'{one["state_bytes"] / one["parameters"]:.1f}',
     ]
     rows.append(row)
@@ -179,22 +187,14 @@ def headline_table(studies: list[Study]) -> str:
   head += ['**BSFA, speed-up**', "in Muon's steps", 'in time']
   rows = []
   for of in studies:
-    rates = [of.best_rate(name) for name in ('adamw', 'muon', 'bsfa')]
-    if rates[0] is None or rates[2] is None:
+    rates = {name: of.best_rate(name) for name in ('adamw', 'muon', 'bsfa')}
+    if not speed_ups(of, 'bsfa', rates['bsfa']):
       continue
-    _, muon, ours = rates
-    ups = speed_ups(of, 'bsfa', ours)
-    if not ups:
-      continue
-    losses = [
-      spread(of.scores(name, rate).values()) if rate else '-'
-      for name, rate in zip(('adamw', 'muon', 'bsfa'), rates, strict=True)
-    ]
-    ratio = of.times.get('bsfa', {}).get('times_adamw')
-    over_muon = factor(speed_ups(of, 'bsfa', ours, 'muon'))
-    of_muon = factor(speed_ups(of, 'muon', muon)) if muon else '-'
-    row = [f'`{of.name}`', label(of.task), *losses, of_muon, f'**{factor(ups)}**']
-    rows.append([*row, over_muon, factor(ups, ratio) if ratio else '-'])
+    row = [f'`{of.name}`', label(of.task)]
+    row += [spread(of.scores(name, rate).values()) for name, rate in rates.items()]
+    steps, over_muon, time = gains(of, 'bsfa', rates['bsfa'])
+    row += [factor(speed_ups(of, 'muon', rates['muon'])), f'**{steps}**']
+    rows.append([*row, over_muon, time])
   return markdown(head, rows)
 
 
@@ -373,7 +373,8 @@ def rewrite(page: Path, parts: dict[str, str]) -> None:
 
 def missing(of: Study) -> list[str]:
   """What the tables lack, in words."""
-  lacks = [f'no run of {name}' for name in CONTENDERS if name not in of.runs]
+  absent = [name for name in CONTENDERS if name not in of.runs]
+  lacks = [f'all runs of {", ".join(absent)}'] if absent else []
   for name in of.contenders:
     rate = of.best_rate(name)
     if rate is None:

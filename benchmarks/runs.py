@@ -22,6 +22,7 @@ import optax
 from tqdm import tqdm
 
 from benchmarks.contenders import Contender, find, make_optimizer
+from benchmarks.progress import Progress
 from benchmarks.tasks import Problem, Task, TASKS
 import bsfa_optax
 
@@ -203,7 +204,7 @@ class Laboratory:
       return result
     trainer = self.trainer(run.task, run.contender)
     label = f'{run.task} {path.stem}'
-    with tqdm(total=run.steps, desc=label, unit='step', disable=None) as bar:
+    with Progress(label, run.steps, 'step') as bar:
       measured = trainer.train(run.learning_rate, run.steps, run.seed, bar)
     result = run._asdict() | measured | trainer.state_size()
     result |= {

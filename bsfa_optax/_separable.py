@@ -36,7 +36,7 @@ def partition(
 
 def named_axes(
   params: Any, parts: _blocks.Blocks, axes: _blocks.BatchAxes
-) -> list[tuple[tuple[int, ...], bool]]:
+) -> list[tuple[int, ...]]:
   """For each leaf in a block the axes that may have a basis, ascending.
 
   Args:
@@ -45,8 +45,7 @@ def named_axes(
     axes: see `bsfa_optax.kronecker`.
 
   Returns:
-    The named axes, or all but the batch axes where none are named, and which it is:
-    whether they are named.
+    The named axes, or all but the batch axes where none are named.
 
   Raises:
     ValueError: for an axis out of range, a batch axis, or no named axes for a leaf that
@@ -54,7 +53,7 @@ def named_axes(
   """
   tree = _blocks.unbox(params)
   specs = _blocks.broadcast(axes, tree, _blocks.is_axes, 'axes')
-  found: list[tuple[tuple[int, ...], bool]] = []
+  found = []
   for block, i, batch, split, x in zip(
     parts.blocks,
     parts.leaves,
@@ -71,7 +70,7 @@ def named_axes(
         ' if there are none.'
       )
     if spec is None:
-      found.append((tuple(a for a in range(x.ndim) if a not in batch), False))
+      found.append(tuple(a for a in range(x.ndim) if a not in batch))
       continue
     value = (spec,) if isinstance(spec, int) else spec
     if not _blocks.is_axes(value) or any(not -x.ndim <= a < x.ndim for a in value):
@@ -85,7 +84,7 @@ def named_axes(
         f'axes must not be batch axes, got axes={spec} for {block.label!r}, whose batch'
         f' axes are {batch}; name an axis in one of them only.'
       )
-    found.append((value, True))
+    found.append(value)
   return found
 
 

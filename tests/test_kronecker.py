@@ -171,7 +171,7 @@ def test_factors_are_refreshed_only_when_due():
   [
     # The other is above `max_size`; of three, the two longest.
     (None, {'matrix': (0,), 'three': (0, 1)}),
-    ({'matrix': None, 'three': (0, 1, 2)}, {'matrix': (0,), 'three': (0, 1, 2)}),
+    ({'matrix': None, 'three': (0, 1, 2)}, {'matrix': (0,), 'three': (0, 1)}),
     (-1, {'matrix': (), 'three': (2,)}),
     ({'matrix': (1, 0), 'three': ()}, {'matrix': (0,), 'three': ()}),
     ({'matrix': 0, 'three': (2, 0)}, {'matrix': (0,), 'three': (0, 2)}),

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from benchmarks import runs, tasks
+from benchmarks.progress import Progress
 
 TASK = 'mlp-mnist5k'
 ROWS = 50
@@ -115,7 +115,7 @@ class Trainer:
     state = self._init(params, traced)
     full, batches, times = [float(self._loss(params))], [], []
     watched: dict[str, list] = defaultdict(list)
-    with tqdm(total=steps, desc=label, unit='step', disable=None) as bar:
+    with Progress(label, steps, 'step') as bar:
       for first in range(0, steps, self.every):
         begin = time.perf_counter()
         params, state, *seen = self._chunk(

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from benchmarks import report, runs, tasks
 from benchmarks.examples import Llama, next_token_loss, PRESETS, training_batch
 from benchmarks.literature import common
+from benchmarks.progress import Progress
 from benchmarks.tasks import Problem
 from bsfa_optax import dct, diagnostics, Estimator, hessian_lanczos, kronecker, pca
 
@@ -380,7 +381,7 @@ def run_settings(
     problem = setting.build(data)
     meter = make_meter(setting, problem)
     total = len(missing) * max(setting.steps) // CHUNK
-    with tqdm(total=total, desc=f'{name} {key}', unit='chunk', disable=None) as bar:
+    with Progress(f'{name} {key}', total, 'chunk') as bar:
       for seed, path in missing.items():
         found = meter.run(seed, bar)
         header = {'setting': key, 'seed': seed, 'problem': problem.config}

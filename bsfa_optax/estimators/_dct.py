@@ -90,7 +90,7 @@ def dct(
   def transformed_axes(params, parts):
     """For each leaf in a block its axis with a basis, in a tuple (empty if none)."""
     chosen = []
-    for x, (named, _) in zip(
+    for x, named in zip(
       parts.select(_blocks.unbox(params)),
       _separable.named_axes(params, parts, axes),
       strict=True,

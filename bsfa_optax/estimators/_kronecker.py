@@ -85,10 +85,10 @@ def kronecker(
       embedding. A refresh costs about ``9 * n**3`` operations for an axis of n.
     max_ratio: nor have axes with more than this many times the entries of all other
       axes together: the factor would cost far more than the update.
-    axes: the axes that may have a factor, within `max_size` and `max_ratio`: a tree
-      like the parameters (or a prefix of it) with leaves None, int or tuple of ints, or
-      a function from parameters to such a tree. None stands for the two longest that
-      are no batch axes. A leaf without a factored axis is left alone.
+    axes: the axes of which the two longest within `max_size` and `max_ratio` have a
+      factor: a tree like the parameters (or a prefix of it) with leaves None, int or
+      tuple of ints, or a function from parameters to such a tree. None stands for all
+      that are no batch axes. A leaf without a factored axis is left alone.
     storage_dtype: dtype of the stored eigenvectors.
     blocks: labels of the leaves to filter, None for those to leave alone; see
       `bsfa_optax.pca`. Here every leaf is a block of its own.
@@ -147,7 +147,7 @@ def kronecker(
     named = _separable.named_axes(params, parts, axes)
     found = []
     # Shards are smaller, but no factored axis is split: all devices agree.
-    for x, (axes_of_leaf, chosen), block in zip(
+    for x, axes_of_leaf, block in zip(
       parts.select(_blocks.unbox(params)), named, parts.blocks, strict=True
     ):
       fit = [
@@ -155,9 +155,8 @@ def kronecker(
         for axis in axes_of_leaf
         if 1 < (n := x.shape[axis]) <= max_size and n <= max_ratio * (block.size // n)
       ]
-      if not chosen:
-        fit = [axis for _, axis in sorted((x.shape[axis], axis) for axis in fit)[-2:]]
-      found.append(tuple(sorted(fit)))
+      fit.sort(key=x.shape.__getitem__)
+      found.append(tuple(sorted(fit[-2:])))
     return found
 
   def leaves_of(parts, tree, state):
