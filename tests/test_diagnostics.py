@@ -482,13 +482,19 @@ def all_diagnostics(params, a, b, estimator):
   return small, hessian.basis, project(params)
 
 
+run_all = jit(functools.partial(all_diagnostics, estimator=ESTIMATORS['pca']))
+
+
+@functools.cache
+def unsharded_diagnostics():
+  return jax.device_get(run_all(make_params(), *bases()[1])[0])
+
+
 @pytest.mark.parametrize('kind', MESHES)
 def test_sharded_diagnostics_are_the_unsharded_ones(kind):
   mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(MESHES[kind],) * 2)
   _, (a, b) = bases()
-  params, estimator = make_params(), ESTIMATORS['pca']
-  run = jit(functools.partial(all_diagnostics, estimator=estimator))
-  expected, _, _ = jax.device_get(run(params, a, b))
+  params, expected = make_params(), unsharded_diagnostics()
   put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
   with jax.set_mesh(mesh):
     params = {k: put(x, SPECS[k]) for k, x in params.items()}
@@ -496,7 +502,7 @@ def test_sharded_diagnostics_are_the_unsharded_ones(kind):
       {k: x if k == 'none' else put(x, P(None, *SPECS[k])) for k, x in tree.items()}
       for tree in (a, b)
     )
-    found, basis, projected = run(params, a, b)
+    found, basis, projected = run_all(params, a, b)
   for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
   for k in ('a', 'layers'):

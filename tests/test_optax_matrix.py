@@ -102,7 +102,6 @@ OTHER_FORMS = {
 ESTIMATORS = {
   'default': lambda: None,
   'pca': _small_pca,
-  'window': lambda: _small_pca(decay=0.0),
   'joint': _joint_pca,
   'dct': lambda: bsfa_optax.dct(rank=1),
 }
@@ -113,9 +112,9 @@ TARGETS = {
   'mixed_tensor': _common_test._setup_mixed_tensor_target,
 }
 
-# Every placement with the default and with PCA, every estimator in one placement.
-ENTRIES = [(name, kind) for name in FACTORIES for kind in ('default', 'pca')]
-ENTRIES += [('adamw_bsfa', kind) for kind in ('window', 'joint', 'dct')]
+# Every placement with the default, every estimator in one, the other forms with PCA.
+ENTRIES = [(name, 'default') for name in FACTORIES]
+ENTRIES += [('adamw_bsfa', kind) for kind in ('pca', 'joint', 'dct')]
 ENTRIES += [(name, 'pca') for name in OTHER_FORMS]
 FACTORIES |= OTHER_FORMS
 every_entry = pytest.mark.parametrize(('opt_name', 'estimator'), ENTRIES)
