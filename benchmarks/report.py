@@ -424,7 +424,7 @@ def section(of: Study) -> str:
 def write(results_folder: Path, docs: Path) -> None:
   """Rewrites the generated parts of page and README, and the figures.
 
-  Prints what is missing.
+  Says what is missing, there and on the screen.
   """
   by_task: dict[str, list[Result]] = defaultdict(list)
   for result in runs.load(results_folder):
@@ -435,10 +435,12 @@ def write(results_folder: Path, docs: Path) -> None:
     if name in by_task
   ]
   studies = [one for one in studies if one.contenders]
+  gaps = []
   for name in TASKS:
     lacks = next((missing(one) for one in studies if one.name == name), ['everything'])
-    for lack in lacks:
-      print(f'{name}: missing: {lack}')
+    gaps += [f'{name}: {lack}' for lack in lacks]
+  for gap in gaps:
+    print(f'missing: {gap}')
   figures = docs / 'figures'
   for one in studies:
     plot_sweep(one, figures / f'sweep-{one.name}.png')
@@ -448,6 +450,8 @@ def write(results_folder: Path, docs: Path) -> None:
   if studies:
     plot_speed_ups(studies, figures / 'speed-ups.png')
   sections = ['![Speed-ups](figures/speed-ups.png)', *map(section, studies)]
+  if gaps:
+    sections += ['### Not measured yet', '\n'.join(f'- {gap}' for gap in gaps)]
   text = '\n\n'.join(sections if studies else ['No results yet.'])
   rewrite(docs / PAGE, {'generated': text})
   readme = docs.parent / 'README.md'

@@ -411,12 +411,13 @@ def test_report_writes_tables_and_figures(study, capsys):
   names = {'sweep-tiny.png', 'curves-tiny.png', 'speed-ups.png'}
   assert set(files(docs / 'figures')) == names
   printed = capsys.readouterr().out
-  assert 'tiny: missing: all runs of nadamw' in printed
+  assert 'missing: tiny: all runs of nadamw' in printed
   assert "sgdm's best rate, 0.2, is at the end of its grid" in printed
   assert 'no time of sgdm' in printed
   assert 'of bsfa at' not in printed
   assert 'no time of bsfa\n' not in printed
-  assert 'masked-chain: missing: everything' in printed
+  assert 'missing: masked-chain: everything' in printed
+  assert '- masked-chain: everything\n' in page
 
 
 def test_report_twice_gives_the_same_bytes(study):
@@ -431,7 +432,7 @@ def test_report_without_results_says_so(tmp_path, capsys):
   (tmp_path / report.PAGE).write_text(PAGE)
   main('report', '--results', str(tmp_path / 'none'), '--docs', str(tmp_path))
   assert 'No results yet.' in (tmp_path / report.PAGE).read_text()
-  assert 'missing: everything' in capsys.readouterr().out
+  assert 'missing: masked-chain: everything' in capsys.readouterr().out
 
 
 def test_sensitivity(tiny, tmp_path, monkeypatch, capsys):
