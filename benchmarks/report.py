@@ -259,7 +259,10 @@ def plot_sweep(of: Study, path: Path) -> None:
   axes.set(
     xscale='log', xlabel='learning rate', ylabel=label(of.task), title=of.task.title
   )
-  axes.legend(fontsize='small')
+  low, high = axes.get_ylim()
+  if high > 4 * max(low, 0):  # the differences are at the bottom
+    axes.set_yscale('log')
+  figure.legend(fontsize='small', loc='outside right upper')
   save(figure, path)
 
 
@@ -288,30 +291,40 @@ def plot_curves(of: Study, path: Path) -> None:
     margin = 0.05 * (max(starts) - min(ends))
     axes.set_ylim(min(ends) - margin, max(starts) + margin)
   axes.set(xlabel='step', ylabel='train loss', title=of.task.title)
-  axes.legend(fontsize='small')
+  figure.legend(fontsize='small', loc='outside right upper')
   save(figure, path)
 
 
+MARKS = {'=': '.', '<': 'v', '>': '^'}
+
+
 def plot_speed_ups(studies: list[Study], path: Path) -> None:
-  """Bars of the speed-up in steps, with one dot a seed, where there are any."""
+  """Bars of the speed-up in steps; a dot is a seed, a triangle one with a bound."""
   rate = lambda of: of.best_rate('adamw')
   measured = [of for of in studies if rate(of) and speed_ups(of, 'adamw', rate(of))]
   studies = measured or studies
+  columns = min(4, len(studies))
+  rows = math.ceil(len(studies) / columns)
   figure, axes = plt.subplots(
-    1, len(studies), figsize=(2.6 * len(studies) + 1, 4), layout='constrained',
+    rows, columns, figsize=(2.8 * columns + 1, 3.8 * rows), layout='constrained',
     sharey=True, squeeze=False,
   )  # fmt: skip
-  for one, of in zip(axes[0], studies, strict=True):
+  for one in axes.flat[len(studies) :]:
+    one.remove()
+  for one, of in zip(axes.flat, studies, strict=False):
     names = [name for name in of.contenders if of.best_rate(name) is not None]
     for position, name in enumerate(names):
-      values = [x.factor for x in speed_ups(of, name, of.best_rate(name))]
+      values = speed_ups(of, name, of.best_rate(name))
       if values:
-        one.bar(position, statistics.fmean(values), color=colour(name), alpha=0.6)
-        one.plot([position] * len(values), values, 'k.', markersize=4)
+        mean = statistics.fmean(value.factor for value in values)
+        one.bar(position, mean, color=colour(name), alpha=0.6)
+      for value in values:
+        one.plot(position, value.factor, 'k' + MARKS[value.relation], markersize=4)
     one.axhline(1, color='k', linewidth=0.8)
     one.set_xticks(range(len(names)), names, rotation=90)
     one.set_title(of.name, fontsize='small')
-  axes[0, 0].set_ylabel("AdamW's steps over steps")
+  for one in axes[:, 0]:
+    one.set_ylabel("AdamW's steps over steps")
   save(figure, path)
 
 
