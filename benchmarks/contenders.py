@@ -3,8 +3,8 @@
 Each is a direction (Adam's, momentum, Muon's ...), perhaps filtered by BSFA, the task's
 decoupled weight decay and the learning rate. Muon, GaLore and BSFA take the
 matrices and convolutions of the hidden layers; the embedding, the layer that reads the
-input, the one that gives the output, norms and biases have Adam's (for momentum:
-momentum's) direction unfiltered, as Muon's authors do. Kron has rules of its own.
+input, the one that gives the output, norms and biases have Adam's direction, as Muon's
+authors do. Kron has rules of its own.
 
 To add one, add an entry to `CONTENDERS`.
 """
@@ -150,7 +150,6 @@ def _bsfa(
   history: Direction | None = None,
   filter_options: dict[str, Any] | None = None,
   blocks: Any = _hidden_names,
-  decays: bool = True,
   **estimator_options: Any,
 ) -> Contender:
   """BSFA over a direction, with the options given and the library's defaults."""
@@ -172,7 +171,7 @@ def _bsfa(
     | _defaults(estimator)
     | {name: str(value) for name, value in estimator_options.items()},
   }
-  return Contender(direction, learning_rate, settings, decays)
+  return Contender(direction, learning_rate, settings)
 
 
 # The filter as the alias has it; that of `bsfa` and `accelerate` has two levels.
@@ -201,7 +200,6 @@ CONTENDERS = {
   'bsfa-gradients': _bsfa(adam, 1.6e-2, history=gradients),
   'bsfa-metric': _bsfa(adam, 1.6e-2, history=adams_metric),
   'bsfa-muon': _bsfa(muon, 1.6e-2, filter_options=_GRADED),
-  'bsfa-sgdm': _bsfa(momentum, 0.256, filter_options=_GRADED, decays=False),
 }
 
 # `bsfa` with one option changed, for the figure of its sensitivity.

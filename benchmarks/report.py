@@ -344,19 +344,17 @@ def plot_sensitivity(of: Study, path: Path) -> None:
   )  # fmt: skip
   for one, (option, points) in zip(axes[0], curves.items(), strict=True):
     middle = (settings[option], runs.score(of.task, default))
-    one.plot(
-      *zip(*sorted([*points, middle]), strict=True), '.-', color='C0', label='bsfa'
-    )
-    one.plot(*middle, 'o', color='C0', markersize=10, fillstyle='none')
+    values, losses = zip(*sorted([*points, middle]), strict=True)
+    one.plot(losses, '.-', color='C0', label='bsfa')
+    ring = values.index(middle[0])
+    one.plot(ring, middle[1], 'o', color='C0', markersize=10, fillstyle='none')
     for number, reference in enumerate(runs.REFERENCES, 1):
       best = of.best_rate(reference)
       if best is not None:
         loss = of.scores(reference, best)[0]
         one.axhline(loss, color=f'C{number}', linestyle='--', label=reference)
-    one.set(xlabel=option, xscale='log')
-    values = sorted(value for value, _ in [*points, middle])
-    one.set_xticks(values, [f'{value:g}' for value in values], rotation=90)
-    one.minorticks_off()
+    one.set_xlabel(option)
+    one.set_xticks(range(len(values)), [f'{value:g}' for value in values])
   axes[0, 0].set_ylabel(label(of.task))
   axes[0, -1].legend(fontsize='small')
   figure.suptitle(f'{of.task.title}, seed 0', fontsize='medium')

@@ -141,7 +141,7 @@ def test_contender_lowers_the_loss(name, tiny):
   if name == 'kron':
     pytest.importorskip('psgdax')
   laboratory = runs.Laboratory(Path('unused'), Path('unused'))
-  rate = 0.02 if name in ('sgdm', 'bsfa-sgdm') else 0.05
+  rate = 0.02 if name == 'sgdm' else 0.05
   with runs.tqdm(disable=True) as bar:
     result = laboratory.trainer(tiny, name).train(rate, 60, 0, bar)
   curve = result['loss_curve']['losses']
