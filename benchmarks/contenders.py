@@ -187,15 +187,15 @@ CONTENDERS = {
   'nadamw': _plain(nadam, 4e-3),
   'sgdm': _plain(momentum, 0.256, decays=False, momentum=0.9),
   'muon': _plain(muon, 1.6e-2, consistent_rms=0.2),
-  'galore': _plain(galore, 8e-3, **_GALORE),
-  'kron': _plain(kron, 2e-3, package='psgdax'),
+  'galore': _plain(galore, 1.6e-2, **_GALORE),
+  'kron': _plain(kron, 8e-3, package='psgdax'),
   'bsfa': _bsfa(nadam, 2.26e-2, filter_options=_GRADED),
   'bsfa-adam': _bsfa(adam, 2.26e-2, filter_options=_GRADED),
   'bsfa-two-level': _bsfa(adam, 1.6e-2),
   'bsfa-pca': _bsfa(adam, 8e-3, bsfa_optax.pca),
   'bsfa-dct': _bsfa(adam, 8e-3, bsfa_optax.dct),
   'bsfa-hessian': _bsfa(
-    adam, 8e-3, bsfa_optax.hessian_lanczos, blocks='all', refresh_every=20
+    adam, 4e-3, bsfa_optax.hessian_lanczos, blocks='all', refresh_every=20
   ),
   'bsfa-gradients': _bsfa(adam, 1.6e-2, history=gradients),
   'bsfa-metric': _bsfa(adam, 1.6e-2, history=adams_metric),
