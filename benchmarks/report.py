@@ -47,6 +47,10 @@ class Study(NamedTuple):
     results = [r for seeds in rates for r in seeds.values()]
     return runs.best_rate(results, self.task, self.task.steps)
 
+  def step_time(self, contender: str) -> float | None:
+    """In units of AdamW's."""
+    return self.times.get(contender, {}).get('times_adamw')
+
 
 class SpeedUp(NamedTuple):
   """Steps of a tuned reference over steps of a contender, for one seed.
@@ -117,8 +121,7 @@ def factor(values: list[SpeedUp], ratio: float = 1.0) -> str:
 
 def gains(of: Study, contender: str, rate: float | None) -> tuple[str, str, str]:
   """Speed-ups over AdamW in steps, over Muon in steps, over AdamW in time."""
-  ups = speed_ups(of, contender, rate)
-  ratio = of.times.get(contender, {}).get('times_adamw')
+  ups, ratio = speed_ups(of, contender, rate), of.step_time(contender)
   over_muon = factor(speed_ups(of, contender, rate, 'muon'))
   return factor(ups), over_muon, factor(ups, ratio) if ratio else '-'
 
@@ -151,7 +154,7 @@ def tuned_table(of: Study) -> str:
       continue
     seeds = of.runs[contender][rate]
     steps, over_muon, time = gains(of, contender, rate)
-    ratio = of.times.get(contender, {}).get('times_adamw')
+    ratio = of.step_time(contender)
     one = next(iter(seeds.values()))
     row = [contender, f'{rate:g}', spread(of.scores(contender, rate).values())]
     if accurate:
