@@ -137,10 +137,10 @@ def make_parser() -> argparse.ArgumentParser:
     '--horizons',
     nargs='*',
     type=positive,
-    default=[0.5, 0.75, 1.5, 2, 2.5, 3],
+    default=[0.35, 0.5, 0.75, 1.5, 2, 2.5, 3],
     metavar='X',
-    help="other lengths of AdamW's and Muon's runs, in units of a run (0.5 0.75 1.5 2"
-    ' 2.5 3)',
+    help="other lengths of AdamW's and Muon's runs, and if below 1 of bsfa's, in units"
+    ' of a run (0.35 0.5 0.75 1.5 2 2.5 3)',
   )
 
   training('sensitivity', "`bsfa` with one option changed, at bsfa's best rate", False)
@@ -210,7 +210,7 @@ def best_rate(
 
 
 def seeds(args: argparse.Namespace) -> None:
-  """Also the references' other lengths, and everyone at AdamW's best rate."""
+  """Also other lengths, and everyone at AdamW's best rate."""
   laboratory = runs.Laboratory(args.results, args.data)
   results = runs.load(args.results)
   for name in args.task:
@@ -223,8 +223,10 @@ def seeds(args: argparse.Namespace) -> None:
         tqdm.write(f'{name} {contender}: no run of {steps} steps yet; call tune first')
         continue
       plan = [(rate, steps)]
-      if contender in runs.REFERENCES:
-        lengths = [max(1, round(h * steps)) for h in args.horizons]
+      if contender in runs.OF_OTHER_LENGTHS:
+        is_measured_against = contender in runs.REFERENCES
+        horizons = [h for h in args.horizons if h < 1 or is_measured_against]
+        lengths = [max(1, round(h * steps)) for h in horizons]
         plan += [(best(contender, length) or rate, length) for length in lengths]
       if adamw:
         plan.append((adamw, steps))

@@ -30,7 +30,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
 READ_EVERY = 10  # steps between two looks at the losses: each waits for the device
 CURVE_POINTS = 60  # at most
-REFERENCES = ('adamw', 'muon')  # speed-ups are over these; trained at other lengths
+REFERENCES = ('adamw', 'muon')  # speed-ups are over these
+OF_OTHER_LENGTHS = (*REFERENCES, 'bsfa')  # also trained shorter or longer
 LAST_STEPS = 50  # `train_loss` is the mean over so many steps
 
 Result = dict[str, Any]

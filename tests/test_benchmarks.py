@@ -245,6 +245,13 @@ def test_tune_and_seeds(tiny, tmp_path, capsys):
   assert {r['seed'] for r in equal} == {0, 1, 2}
 
 
+def test_bsfa_is_also_trained_shorter(tiny, tmp_path):
+  options = ['--task', tiny, '--contender', 'bsfa', '--results', str(tmp_path)]
+  main('run', *options, '--learning-rate', '0.1')
+  main('seeds', *options, '--seed', '0', '--horizons', '0.5', '2')
+  assert {r['steps'] for r in runs.load(tmp_path)} == {10, 20}
+
+
 # Interruption and errors.
 
 
@@ -362,7 +369,8 @@ def study(tiny, tmp_path):
   for seed in range(3):
     for steps, loss in (10, 2.0), (20, 1.0), (40, 0.5), (60, 0.4):
       save_result(results, 'adamw', 0.1, seed, loss + 0.01 * seed, steps)
-    save_result(results, 'bsfa', 0.2, seed, 0.5 + 0.01 * seed)
+    for steps, loss in (5, 1.5), (20, 0.5):
+      save_result(results, 'bsfa', 0.2, seed, loss + 0.01 * seed, steps)
     save_result(results, 'sgdm', 0.2, seed, 2.5)
     for steps, loss in (20, 0.75), (40, 0.25):
       save_result(results, 'muon', 0.2, seed, loss + 0.01 * seed, steps)
@@ -395,19 +403,23 @@ def test_report_writes_tables_and_figures(study, capsys):
     '0.5100 ± 0.0100',
     '1.41 ± 0.00x',
     '**2.00 ± 0.00x**',
+    '2.00 ± 0.00x',  # half way in log(steps)
     '1.41 ± 0.00x',
     '1.25 ± 0.00x',
   ]
   page = (docs / report.PAGE).read_text()
   assert page.startswith('before\n')
   assert page.endswith('\nafter\n')
-  tuned, equal, *sweep = rows_of(page, 'bsfa')
-  speed_ups = ['2.00 ± 0.00x', '1.41 ± 0.00x', '1.60x', '1.25 ± 0.00x']
+  tuned, equal, *lengths = rows_of(page, 'bsfa')
+  speed_ups = ['2.00 ± 0.00x', '2.00 ± 0.00x', '1.41 ± 0.00x', '1.60x', '1.25 ± 0.00x']
   assert tuned == ['bsfa', '0.2', '0.5100 ± 0.0100', *speed_ups, '8.0']
   assert equal == ['bsfa', '0.7500', '1.41x', '1']  # half way in log(steps)
+  sweep = lengths[2:]
+  assert [row[1] for row in lengths[:2]] == ['5', '20']
   assert [row[1] for row in sweep] == ['0.1', '**0.2**', '0.4']
   assert sweep[2][2] == 'diverged'
-  assert rows_of(page, 'sgdm')[0][3:5] == ['<0.50 ± 0.00x', '<1.00 ± 0.00x']
+  assert rows_of(page, 'muon')[0][4] == '>1.00 ± 0.00x'
+  assert rows_of(page, 'sgdm')[0][3:6] == ['<0.50 ± 0.00x', '-', '<1.00 ± 0.00x']
   names = {'sweep-tiny.png', 'curves-tiny.png', 'speed-ups.png'}
   assert set(files(docs / 'figures')) == names
   printed = capsys.readouterr().out
