@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-import functools
 import math
 from pathlib import Path
 import statistics
@@ -202,50 +201,46 @@ def tune(args: argparse.Namespace) -> None:
       )
 
 
-def best_rate(
-  results: list[runs.Result], task: str, contender: str, steps: int
-) -> float | None:
+def ranked_rates(folder: Path, task: str, contender: str, steps: int) -> list[float]:
+  results = runs.load(folder)
   own = [r for r in results if (r['task'], r['contender']) == (task, contender)]
-  return runs.best_rate(own, TASKS[task], steps)
+  return runs.ranked_rates(own, TASKS[task], steps)
 
 
 def seeds(args: argparse.Namespace) -> None:
-  """Also other lengths, and everyone at AdamW's best rate."""
+  """Also other lengths, everyone at AdamW's best rate, and AdamW at its second best."""
   laboratory = runs.Laboratory(args.results, args.data)
-  results = runs.load(args.results)
   for name in args.task:
     steps = args.steps or TASKS[name].steps
-    best = functools.partial(best_rate, results, name)
-    adamw = best('adamw', steps)
     for contender in args.contender:
-      rate = best(contender, steps)
-      if rate is None:
+      ranked = lambda of, n, name=name: ranked_rates(args.results, name, of, n)
+      own, adamw = ranked(contender, steps), ranked('adamw', steps)
+      if not own:
         tqdm.write(f'{name} {contender}: no run of {steps} steps yet; call tune first')
         continue
-      plan = [(rate, steps)]
-      if contender in runs.OF_OTHER_LENGTHS:
-        is_measured_against = contender in runs.REFERENCES
-        horizons = [h for h in args.horizons if h < 1 or is_measured_against]
-        lengths = [max(1, round(h * steps)) for h in horizons]
-        plan += [(best(contender, length) or rate, length) for length in lengths]
-      if adamw:
-        plan.append((adamw, steps))
-      for number in args.seed:
-        for rate, length in dict.fromkeys(plan):
-          laboratory(runs.Run(name, contender, rate, length, number))
+      for rate in own[:2] if contender == 'adamw' else [own[0], *adamw[:1]]:
+        for number in args.seed:
+          laboratory(runs.Run(name, contender, rate, steps, number))
+      if contender not in runs.OF_OTHER_LENGTHS:
+        continue
+      for horizon in args.horizons:
+        if horizon < 1 or contender in runs.REFERENCES:
+          length = max(1, round(horizon * steps))
+          rate = (ranked(contender, length) or ranked(contender, steps))[0]
+          for number in args.seed:
+            laboratory(runs.Run(name, contender, rate, length, number))
 
 
 def sensitivity(args: argparse.Namespace) -> None:
   laboratory = runs.Laboratory(args.results, args.data)
-  results = runs.load(args.results)
   for name in args.task:
     steps = TASKS[name].steps
-    rate = best_rate(results, name, 'bsfa', steps)
-    if rate is None:
+    rates = ranked_rates(args.results, name, 'bsfa', steps)
+    if not rates:
       tqdm.write(f'{name}: no run of bsfa of {steps} steps yet; call tune first')
       continue
     for variant in VARIANTS:
-      laboratory(runs.Run(name, variant, rate, steps, 0))
+      laboratory(runs.Run(name, variant, rates[0], steps, 0))
 
 
 def time(args: argparse.Namespace) -> None:

@@ -448,7 +448,7 @@ def section(of: Study) -> str:
       ' (rings); dashed: the others at their best.',
       f'![Sensitivity](figures/sensitivity-{of.name}.png)',
     ]
-  parts += ['All learning rates, the best of seed 0 in bold:', sweep_table(of)]
+  parts += ['All learning rates, that of the tables above in bold:', sweep_table(of)]
   parts.append(f'![Learning rates](figures/sweep-{of.name}.png)')
   return '\n\n'.join(parts)
 

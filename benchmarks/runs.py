@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import functools
@@ -290,13 +291,20 @@ def search(
   return grid(best)
 
 
+def ranked_rates(results: Iterable[Result], task: Task, steps: int) -> list[float]:
+  """Rates of one task and contender: most seeds first, then the least mean."""
+  scores = defaultdict(list)
+  for result in results:
+    if result['steps'] == steps:
+      scores[result['learning_rate']].append(score(task, result))
+  finite = {rate: s for rate, s in scores.items() if all(map(math.isfinite, s))}
+  rank = lambda rate: (-len(finite[rate]), statistics.fmean(finite[rate]))
+  return sorted(finite, key=rank)
+
+
 def best_rate(results: Iterable[Result], task: Task, steps: int) -> float | None:
-  """The rate of the best run of seed 0, of results of one task and contender."""
-  runs = [r for r in results if r['seed'] == 0 and r['steps'] == steps]
-  finite = [r for r in runs if math.isfinite(score(task, r))]
-  if not finite:
-    return None
-  return min(finite, key=lambda r: score(task, r))['learning_rate']
+  """The first of the `ranked_rates`, if there is one."""
+  return next(iter(ranked_rates(results, task, steps)), None)
 
 
 # Times.

@@ -220,6 +220,17 @@ def test_search_stops_at_its_budget():
   assert len(tried) == 4
 
 
+def test_rates_are_ranked_by_mean_over_most_seeds(tiny):
+  losses = {0.1: [1.0], 0.2: [1.1, 1.5], 0.3: [1.2, 1.3], 0.4: [1.0, math.nan]}
+  results = [
+    {'learning_rate': rate, 'steps': 20, 'seed': seed, 'validation_loss': loss}
+    for rate, values in losses.items()
+    for seed, loss in enumerate(values)
+  ]
+  assert runs.ranked_rates(results, tasks.TASKS[tiny], 20) == [0.3, 0.2, 0.1]
+  assert runs.best_rate(results, tasks.TASKS[tiny], 10) is None
+
+
 def test_search_avoids_divergence():
   best = runs.search(1.0, 40, lambda rate: math.inf if rate > 0.05 else -rate)
   assert best == pytest.approx(0.0453, rel=1e-2)
@@ -241,6 +252,8 @@ def test_tune_and_seeds(tiny, tmp_path, capsys):
     of_length = [r for r in adamw if (r['steps'], r['learning_rate']) == (steps, best)]
     assert [r['seed'] for r in of_length] == [0, 1, 2]
   assert all(r['steps'] == 20 for r in found if r['contender'] == 'sgdm')
+  of_both = [r for r in adamw if r['steps'] == 20 and r['seed'] == 2]
+  assert len(of_both) == 2  # the best rate and the second best
   equal = [r for r in found if (r['contender'], r['learning_rate']) == ('sgdm', best)]
   assert {r['seed'] for r in equal} == {0, 1, 2}
 
