@@ -149,7 +149,10 @@ def make_parser() -> argparse.ArgumentParser:
     '--rounds', type=positive_int, default=15, metavar='N', help='how many (15)'
   )
   timing.add_argument(
-    '--steps-a-round', type=positive_int, default=10, metavar='N', help='how many (10)'
+    '--steps-a-round',
+    type=positive_int,
+    metavar='N',
+    help='how many (as many as make the rounds a whole run)',
   )
 
   reproducing = command('reproduce', 'the findings of docs/literature.md')
@@ -249,9 +252,9 @@ def time(args: argparse.Namespace) -> None:
   for task in args.task:
     contenders = dict.fromkeys(['adamw', *args.contender])
     trainers = {name: laboratory.trainer(task, name) for name in contenders}
-    turns = (args.rounds + 1) * len(trainers)
-    with Progress(f'{task} times', turns, 'turn') as bar:
-      times = runs.step_times(trainers, args.rounds, args.steps_a_round, bar)
+    steps = args.steps_a_round or math.ceil(TASKS[task].steps / args.rounds)
+    with Progress(f'{task} times', args.rounds * len(trainers), 'turn') as bar:
+      times = runs.step_times(trainers, args.rounds, steps, bar)
     runs.add_times(args.results, task, times)
     medians = [f'{c} {statistics.median(ms):.1f} ms' for c, ms in times.items()]
     tqdm.write(f'{task}: {", ".join(medians)}')

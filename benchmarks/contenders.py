@@ -126,6 +126,10 @@ def kron(task: Task) -> optax.GradientTransformation:
   return optax.GradientTransformation(*scale_by_kron)
 
 
+def _for_json(value: Any) -> Any:
+  return value if isinstance(value, bool | int | float) else str(value)
+
+
 def _defaults(function: Callable) -> dict[str, Any]:
   """The options of a function which have defaults that JSON can hold, but for None."""
   options = inspect.signature(function).parameters.items()
@@ -169,7 +173,7 @@ def _bsfa(
     'filter': _defaults(bsfa_optax.bsfa) | of_filter,
     'estimator': {'name': estimator.__name__}
     | _defaults(estimator)
-    | {name: str(value) for name, value in estimator_options.items()},
+    | {name: _for_json(value) for name, value in estimator_options.items()},
   }
   return Contender(direction, learning_rate, settings)
 
@@ -190,16 +194,16 @@ CONTENDERS = {
   'galore': _plain(galore, 1.6e-2, **_GALORE),
   'kron': _plain(kron, 8e-3, package='psgdax'),
   'bsfa': _bsfa(nadam, 2.26e-2, filter_options=_GRADED),
-  'bsfa-adam': _bsfa(adam, 2.26e-2, filter_options=_GRADED),
-  'bsfa-two-level': _bsfa(adam, 1.6e-2),
+  'bsfa-adam': _bsfa(adam, 2.26e-2, filter_options=_GRADED, refresh_every=2),
+  'bsfa-two-level': _bsfa(adam, 1.6e-2, refresh_every=2),
   'bsfa-pca': _bsfa(adam, 8e-3, bsfa_optax.pca),
   'bsfa-dct': _bsfa(adam, 8e-3, bsfa_optax.dct),
   'bsfa-hessian': _bsfa(
     adam, 4e-3, bsfa_optax.hessian_lanczos, blocks='all', refresh_every=20
   ),
-  'bsfa-gradients': _bsfa(adam, 1.6e-2, history=gradients),
-  'bsfa-metric': _bsfa(adam, 1.6e-2, history=adams_metric),
-  'bsfa-muon': _bsfa(muon, 1.6e-2, filter_options=_GRADED),
+  'bsfa-gradients': _bsfa(adam, 1.6e-2, history=gradients, refresh_every=2),
+  'bsfa-metric': _bsfa(adam, 1.6e-2, history=adams_metric, refresh_every=2),
+  'bsfa-muon': _bsfa(muon, 1.6e-2, filter_options=_GRADED, refresh_every=2),
 }
 
 # `bsfa` with one option changed, for the figure of its sensitivity.
@@ -208,7 +212,7 @@ _VALUES = {
   'gamma': (1.0, 2.0, 8.0, 16.0),
   'exponent': (0.25, 0.35, 0.7, 1.0),
   'decay': (0.5, 0.75, 0.95, 0.98),
-  'refresh_every': (1, 5, 10, 20),
+  'refresh_every': (1, 2, 5, 10, 20),
 }
 
 

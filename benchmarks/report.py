@@ -350,7 +350,10 @@ def plot_speed_ups(studies: list[Study], path: Path) -> None:
 
 
 def plot_sensitivity(of: Study, path: Path) -> None:
-  """Loss over one option of `bsfa` at a time; a ring marks the default."""
+  """Loss over one option of `bsfa` at a time; a ring marks the default.
+
+  A default that is no number, such as a schedule, is on the right.
+  """
   rate = of.best_rate('bsfa')
   default = of.runs['bsfa'][rate][0]
   settings = default['settings']['filter'] | default['settings']['estimator']
@@ -364,18 +367,19 @@ def plot_sensitivity(of: Study, path: Path) -> None:
     sharey=True, squeeze=False,
   )  # fmt: skip
   for one, (option, points) in zip(axes[0], curves.items(), strict=True):
-    middle = (settings[option], runs.score(of.task, default))
-    values, losses = zip(*sorted([*points, middle]), strict=True)
-    one.plot(losses, '.-', color='C0', label='bsfa')
-    ring = values.index(middle[0])
-    one.plot(ring, middle[1], 'o', color='C0', markersize=10, fillstyle='none')
+    middle = (settings.get(option, math.inf), runs.score(of.task, default))
+    points = sorted([*points, middle])
+    named = [f'{value:g}' if value < math.inf else 'default' for value, _ in points]
+    line = [loss for value, loss in points if value < math.inf]
+    one.plot(line, '.-', color='C0', label='bsfa')
+    one.plot(points.index(middle), middle[1], 'o', color='C0', ms=10, fillstyle='none')
     for number, reference in enumerate(runs.REFERENCES, 1):
       best = of.best_rate(reference)
       if best is not None:
         loss = of.scores(reference, best)[0]
         one.axhline(loss, color=f'C{number}', linestyle='--', label=reference)
     one.set_xlabel(option)
-    one.set_xticks(range(len(values)), [f'{value:g}' for value in values])
+    one.set_xticks(range(len(named)), named)
   axes[0, 0].set_ylabel(label(of.task))
   axes[0, -1].legend(fontsize='small')
   figure.suptitle(f'{of.task.title}, seed 0', fontsize='medium')

@@ -318,17 +318,19 @@ def step_times(
   In a round each contender makes its steps, one after the other, so that what slows
   the machine for a while slows all of them.
   """
-  carries = {name: (*trainer.start(0), None) for name, trainer in trainers.items()}
+  carries = {}
+  for name, trainer in trainers.items():
+    jax.block_until_ready(trainer.step((*trainer.start(0), None), 0, 1e-4, 1000, 0))
+    carries[name] = (*trainer.start(0), None)  # compiled now
   times: dict[str, list[float]] = {name: [] for name in trainers}
-  for number, name in _turns(rounds + 1, trainers):
+  for number, name in _turns(rounds, trainers):
     begin = time.perf_counter()
     for i in range(steps):
       carries[name] = trainers[name].step(
         carries[name], number * steps + i, 1e-4, 1000, 0
       )
     jax.block_until_ready(carries[name])
-    if number:  # the first round compiles
-      times[name].append(1e3 * (time.perf_counter() - begin) / steps)
+    times[name].append(1e3 * (time.perf_counter() - begin) / steps)
     bar.update()
   return times
 
@@ -358,7 +360,7 @@ def add_times(results: Path, task: str, times: dict[str, list[float]]) -> None:
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     measured[name] = {
       'step_ms': statistics.median(values),
-      'times_adamw': statistics.median(ratios),
+      'times_adamw': statistics.fmean(ratios),  # the filter's first steps are slower
       'quartiles': [quartiles[0], quartiles[2]],
       'rounds': len(values),
       'versions': versions(),

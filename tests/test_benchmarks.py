@@ -476,7 +476,7 @@ def test_sensitivity(tiny, tmp_path, monkeypatch, capsys):
   changed = {r['contender']: r['settings'] for r in runs.load(results)}
   assert set(changed) == {'bsfa', *some}
   assert changed[some[0]]['filter'] == changed['bsfa']['filter'] | {'alpha': 0.2}
-  assert changed[some[1]]['estimator']['refresh_every'] == '5'
+  assert changed[some[1]]['estimator']['refresh_every'] == 5
   main('report', '--results', str(results), '--docs', str(docs))
   assert (docs / 'figures' / 'sensitivity-tiny.png').exists()
   assert 'figures/sensitivity-tiny.png' in (docs / report.PAGE).read_text()

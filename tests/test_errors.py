@@ -31,7 +31,7 @@ OPTIONS = [
   (pca, 'solver', ['svd', 'Gram', None, 0], "must be 'auto', 'gram' or 'randomized'"),
   (pca, 'storage_dtype', [jnp.int8, 'foo', jnp.complex64], 'must be a floating-point'),
   (kronecker, 'decay', [1, -0.1, NAN, INF, True, False, None], 'must be in [0.0, 1.0)'),
-  (kronecker, 'refresh_every', [0, -1, 1.5, True, None], INTEGER),
+  (kronecker, 'refresh_every', [0, -1, 1.5, True], INTEGER),
   (kronecker, 'max_size', [0, -1, 8.0, None], INTEGER),
   (kronecker, 'max_ratio', [0, -1.0, NAN, True, '8', None], 'must be positive'),
   (kronecker, 'storage_dtype', [jnp.int8, 'foo', bool], 'must be a floating-point'),

@@ -147,9 +147,17 @@ def test_identity_until_the_first_refresh(refresh_every):
     assert changed == learned == (i + 1 >= refresh_every)  # learns before it filters
 
 
-def test_factors_are_refreshed_only_when_due():
+@pytest.mark.parametrize(
+  ('refresh_every', 'due'),
+  [
+    (3, {3, 6, 9}),
+    (lambda step: 1 + step / 3, {1, 2, 3, 4, 6, 9}),  # rounded down
+    (lambda step: 0 * step, set(range(1, 10))),  # at least 1
+  ],
+)
+def test_factors_are_refreshed_only_when_due(refresh_every, due):
   updates = make_updates({'matrix': (4, 6)}, 9)
-  options = {'refresh_every': 3}
+  options = {'refresh_every': refresh_every}
   state, states = bsfa(estimator=kronecker(**options)).init(updates[0]), []
   for u in updates:
     _, state = step_fn(0.5, tuple(options.items()))(u, state)
@@ -157,7 +165,7 @@ def test_factors_are_refreshed_only_when_due():
   for i in range(1, 9):
     old, new = (jax.tree.leaves(s.factors) for s in states[i - 1 : i + 1])
     same = all((a == b).all() for a, b in zip(old, new, strict=True))
-    assert same == ((i + 1) % 3 != 0)
+    assert same == (i + 1 not in due)
     assert states[i].kronecker_step == i + 1
 
 

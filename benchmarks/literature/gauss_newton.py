@@ -31,7 +31,7 @@ GLOBAL_PCA = 'pca, whole model, rank 10'
 WATCHERS = {
   GLOBAL_PCA: pca(RANK, history=8, blocks='all'),
   'pca, rank 10 a matrix': pca(RANK, history=8),
-  'kronecker': kronecker(),
+  'kronecker': kronecker(refresh_every=2),
 }
 _mlp = {'blocks': 'all', 'rank': RANK, 'batches': 10}
 SETTINGS = {

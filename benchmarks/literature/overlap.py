@@ -159,7 +159,7 @@ def watchers(blocks: Any) -> dict[str, Watcher]:
     chosen[f'decay {decay:g}, rank {rank}'] = Watcher(
       pca(rank, history=8, decay=decay, blocks=blocks)
     )
-  chosen['kronecker'] = Watcher(kronecker(blocks=blocks))
+  chosen['kronecker'] = Watcher(kronecker(refresh_every=2, blocks=blocks))
   chosen['dct'] = Watcher(dct(blocks=blocks), recent=True)
   return chosen
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class KroneckerState(NamedTuple):
 def kronecker(
   *,
   decay: float = 0.9,
-  refresh_every: int = 2,
+  refresh_every: int | Callable[[jax.Array], jax.Array] | None = None,
   max_size: int = 2048,
   max_ratio: float = 4.0,
   axes: _blocks.BatchAxes = None,
@@ -80,7 +80,10 @@ def kronecker(
 
   Args:
     decay: weight of the past at a refresh, in [0, 1).
-    refresh_every: updates between two refreshes, each of which uses one update.
+    refresh_every: updates between two refreshes, each of which uses one update; or a
+      schedule of it, from the number of updates seen before, int32 (). Refreshed is
+      at the updates whose number, from 1, is a multiple of it. By default it grows by
+      one every 50 updates, from 1 to 5: the basis moves fastest at the beginning.
     max_size: axes with more entries have no factor, as for the vocabulary axis of an
       embedding. A refresh costs about ``9 * n**3`` operations for an axis of n.
     max_ratio: nor have axes with more than this many times the entries of all other
@@ -98,8 +101,7 @@ def kronecker(
       given for each leaf that is split.
 
   Returns:
-    An `Estimator`. It is the identity until the first refresh, after `refresh_every`
-    updates.
+    An `Estimator`. It is the identity until the first refresh.
 
   Raises:
     ValueError: for an option out of range, with its name, value and remedy, and at
@@ -134,7 +136,9 @@ def kronecker(
     <https://arxiv.org/abs/2409.11321>`_, 2024
   """
   _check.in_range('decay', decay, 0.0, 1.0)
-  _check.positive_int('refresh_every', refresh_every)
+  interval = _growing if refresh_every is None else refresh_every
+  if not callable(interval):
+    _check.positive_int('refresh_every', interval)
   _check.positive_int('max_size', max_size)
   _check.positive('max_ratio', max_ratio)
   _check.floating('storage_dtype', storage_dtype)
@@ -250,24 +254,26 @@ def kronecker(
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
-    state = state._replace(kronecker_step=optax.safe_increment(state.kronecker_step))
+    before = state.kronecker_step
+    state = state._replace(kronecker_step=optax.safe_increment(before))
     if not partition(updates).count:
       return state
-    due = state.kronecker_step % refresh_every == 0
+    every = interval(before) if callable(interval) else interval
+    due = state.kronecker_step % jnp.maximum(jnp.int32(every), 1) == 0
     return _stack.keep_replicated(jax.lax.cond(due, refresh, _keep, updates, state))
 
   def apply(f, updates, state):
     parts = partition(updates)
     if not parts.count:
       return updates, jnp.zeros_like(state.explained_variance)
-    active = state.kronecker_step >= refresh_every
     filtered, norms = [], []
     for v, factor, factored, batch in leaves_of(parts, updates, state):
       rotated = _stack.rotate(v, factor.basis, factored, batch)
       variance = relative_variance(factor, v.ndim, factored, batch)
       rest = tuple(axis for axis in range(v.ndim) if axis not in batch)
-      # A leaf without a factored axis has no directions: it is left alone.
-      learned = active & bool(factored) & (variance > 0).any(rest, keepdims=True)
+      # A leaf without a factored axis has no directions: it is left alone, as is all
+      # before the first refresh.
+      learned = bool(factored) & (variance > 0).any(rest, keepdims=True)
       dominant = learned & (variance > 1)
       filtered.append(
         _separable.filtered(
@@ -293,6 +299,10 @@ def relative_variance(
     relative = spectrum / jnp.where(mean > 0, mean, 1)
     variance = variance * _stack.along_axis(relative, axis, batch_axes, ndim)
   return variance
+
+
+def _growing(updates_seen: jax.Array) -> jax.Array:
+  return jnp.minimum(1 + updates_seen // 50, 5)
 
 
 def _rotated(basis: jax.Array, turn: jax.Array) -> jax.Array:
