@@ -109,8 +109,8 @@ def bsfa(
     >>> state = tx.init(params)
     >>> updates, state = tx.update(params, state, params)
     >>> params = optax.apply_updates(params, updates)
-    >>> optax.tree.get(state, 'dominant_fraction')  # nothing learned yet
-    Array([0.], dtype=float32)
+    >>> optax.tree.get(state, 'dominant_fraction')  # this update is all there was
+    Array([1.], dtype=float32)
 
   References:
     Zhou, Wang, Chen, Cheng, `BSFA: Leveraging the Subspace Dichotomy to Accelerate

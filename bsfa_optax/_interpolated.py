@@ -69,10 +69,9 @@ def interpolated(
     >>> tx = bsfa_optax.interpolated(optax.sgd(1.0), 0.5, 1.0, threshold=0.1)
     >>> gradient = jnp.array([[3.0, 0.0], [0.0, 1.0]])
     >>> state = tx.init(gradient)
-    >>> for _ in range(3):
+    >>> for _ in range(2):
     ...   updates, state = tx.update(gradient, state)
     ...   print(updates[0, 0], optax.tree.get(state, 'switched_on'))
-    -3.0 [False]
     -3.0 [False]
     -1.5 [ True]
 
