@@ -37,8 +37,8 @@ def bsfa_adamw(
   `bsfa_optax.bsfa`.
 
   Args:
-    learning_rate: a scalar or a schedule. That of AdamW will do; the best one was 1.4
-      to 5.7 times as high in our benchmarks, and between 2 and 4 times in most.
+    learning_rate: a scalar or a schedule. That of AdamW will do; the best one was 2
+      to 8 times as high in our benchmarks, and between 2 and 3 times in most.
     b1: as in `optax.adamw`, like all arguments up to `nesterov`.
     b2: decay of the second moment.
     eps: term added to the denominator outside the square root.
