@@ -101,6 +101,7 @@ OTHER_FORMS = {
 }
 ESTIMATORS = {
   'default': lambda: None,
+  'not yet refreshed': lambda: bsfa_optax.kronecker(refresh_every=2),
   'pca': _small_pca,
   'joint': _joint_pca,
   'dct': lambda: bsfa_optax.dct(rank=1),
@@ -192,7 +193,9 @@ def test_converges(run_common, opt_name, estimator, target):
 @every_entry
 def test_inject_hyperparams(run_common, opt_name, estimator):
   test = 'test_optimizers_can_be_wrapped_in_inject_hyperparams'
-  run_common(test, opt_name, estimator)
+  # It compares states after one update of rank 1: the rest of its basis is arbitrary.
+  kind = 'not yet refreshed' if estimator == 'default' else estimator
+  run_common(test, opt_name, kind)
 
 
 @every_entry
