@@ -226,10 +226,11 @@ def seeds(args: argparse.Namespace) -> None:
           laboratory(runs.Run(name, contender, rate, steps, number))
       if contender not in runs.OF_OTHER_LENGTHS:
         continue
+      own = ranked(contender, steps)  # with the seeds of now
       for horizon in args.horizons:
         if horizon < 1 or contender in runs.REFERENCES:
           length = max(1, round(horizon * steps))
-          rate = (ranked(contender, length) or ranked(contender, steps))[0]
+          rate = (ranked(contender, length) or own)[0]
           for number in args.seed:
             laboratory(runs.Run(name, contender, rate, length, number))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -323,7 +324,7 @@ def step_times(
     jax.block_until_ready(trainer.step((*trainer.start(0), None), 0, 1e-4, 1000, 0))
     carries[name] = (*trainer.start(0), None)  # compiled now
   times: dict[str, list[float]] = {name: [] for name in trainers}
-  for number, name in _turns(rounds, trainers):
+  for number, name in itertools.product(range(rounds), trainers):
     begin = time.perf_counter()
     for i in range(steps):
       carries[name] = trainers[name].step(
@@ -333,12 +334,6 @@ def step_times(
     times[name].append(1e3 * (time.perf_counter() - begin) / steps)
     bar.update()
   return times
-
-
-def _turns(rounds: int, names: Iterable[str]) -> Iterator[tuple[int, str]]:
-  for number in range(rounds):
-    for name in names:
-      yield number, name
 
 
 def times_path(results: Path, task: str) -> Path:
