@@ -205,8 +205,7 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def ranked_rates(folder: Path, task: str, contender: str, steps: int) -> list[float]:
-  results = runs.load(folder)
-  own = [r for r in results if (r['task'], r['contender']) == (task, contender)]
+  own = [r for r in runs.load(folder, [task]) if r['contender'] == contender]
   return runs.ranked_rates(own, TASKS[task], steps)
 
 

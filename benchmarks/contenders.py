@@ -194,16 +194,16 @@ CONTENDERS = {
   'galore': _plain(galore, 1.6e-2, **_GALORE),
   'kron': _plain(kron, 8e-3, package='psgdax'),
   'bsfa': _bsfa(nadam, 2.26e-2, filter_options=_GRADED),
-  'bsfa-adam': _bsfa(adam, 2.26e-2, filter_options=_GRADED, refresh_every=2),
-  'bsfa-two-level': _bsfa(adam, 1.6e-2, refresh_every=2),
+  'bsfa-adam': _bsfa(adam, 2.26e-2, filter_options=_GRADED),
+  'bsfa-two-level': _bsfa(adam, 1.6e-2),
   'bsfa-pca': _bsfa(adam, 8e-3, bsfa_optax.pca),
   'bsfa-dct': _bsfa(adam, 8e-3, bsfa_optax.dct),
   'bsfa-hessian': _bsfa(
     adam, 4e-3, bsfa_optax.hessian_lanczos, blocks='all', refresh_every=20
   ),
-  'bsfa-gradients': _bsfa(adam, 1.6e-2, history=gradients, refresh_every=2),
-  'bsfa-metric': _bsfa(adam, 1.6e-2, history=adams_metric, refresh_every=2),
-  'bsfa-muon': _bsfa(muon, 1.6e-2, filter_options=_GRADED, refresh_every=2),
+  'bsfa-gradients': _bsfa(adam, 1.6e-2, history=gradients),
+  'bsfa-metric': _bsfa(adam, 1.6e-2, history=adams_metric),
+  'bsfa-muon': _bsfa(muon, 1.6e-2, filter_options=_GRADED),
 }
 
 # `bsfa` with one option changed, for the figure of its sensitivity.

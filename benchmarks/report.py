@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 import math
 from pathlib import Path
@@ -423,8 +423,12 @@ def missing(of: Study) -> list[str]:
     if name not in of.times:
       lacks.append(f'no time of {name}')
   for contender, by_seed in of.lengths.items():
-    if not any(len(results) > 1 for results in by_seed.values()):
+    seeds = Counter(r['steps'] for results in by_seed.values() for r in results)
+    del seeds[of.task.steps]
+    if not seeds:
       lacks.append(f'runs of {contender} of other lengths, hence speed-ups')
+    for steps in sorted(steps for steps in seeds if seeds[steps] < SEEDS):
+      lacks.append(f'{seeds[steps]} of {SEEDS} seeds of {contender}, {steps} steps')
   return lacks
 
 

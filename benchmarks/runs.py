@@ -68,9 +68,9 @@ def write_text(path: Path, text: str) -> None:
     temporary.unlink(missing_ok=True)
 
 
-def load(results: Path) -> list[Result]:
+def load(results: Path, tasks: Iterable[str] = TASKS) -> list[Result]:
   """All results of the tasks in a folder."""
-  paths = [path for task in TASKS for path in sorted(results.glob(f'{task}/*.json'))]
+  paths = [path for task in tasks for path in sorted(results.glob(f'{task}/*.json'))]
   return [json.loads(path.read_text()) for path in paths]
 
 

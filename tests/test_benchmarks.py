@@ -387,6 +387,7 @@ def study(tiny, tmp_path):
     save_result(results, 'sgdm', 0.2, seed, 2.5)
     for steps, loss in (20, 0.75), (40, 0.25):
       save_result(results, 'muon', 0.2, seed, loss + 0.01 * seed, steps)
+  save_result(results, 'muon', 0.2, 0, 0.2, steps=60)
   for contender, rate, loss in (
     ('adamw', 0.05, 1.2),
     ('adamw', 0.2, 1.3),
@@ -439,6 +440,8 @@ def test_report_writes_tables_and_figures(study, capsys):
   assert 'missing: tiny: all runs of nadamw' in printed
   assert "sgdm's best rate, 0.2, is at the end of its grid" in printed
   assert 'no time of sgdm' in printed
+  assert '1 of 3 seeds of muon, 60 steps' in printed
+  assert 'muon, 40 steps' not in printed
   assert 'of bsfa at' not in printed
   assert 'no time of bsfa\n' not in printed
   assert 'missing: masked-chain: everything' in printed
