@@ -126,10 +126,6 @@ def kron(task: Task) -> optax.GradientTransformation:
   return optax.GradientTransformation(*scale_by_kron)
 
 
-def _for_json(value: Any) -> Any:
-  return value if isinstance(value, bool | int | float) else str(value)
-
-
 def _defaults(function: Callable) -> dict[str, Any]:
   """The options of a function which have defaults that JSON can hold, but for None."""
   options = inspect.signature(function).parameters.items()
@@ -173,7 +169,7 @@ def _bsfa(
     'filter': _defaults(bsfa_optax.bsfa) | of_filter,
     'estimator': {'name': estimator.__name__}
     | _defaults(estimator)
-    | {name: _for_json(value) for name, value in estimator_options.items()},
+    | estimator_options,
   }
   return Contender(direction, learning_rate, settings)
 

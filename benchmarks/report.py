@@ -427,8 +427,9 @@ def missing(of: Study) -> list[str]:
     del seeds[of.task.steps]
     if not seeds:
       lacks.append(f'runs of {contender} of other lengths, hence speed-ups')
-    for steps in sorted(steps for steps in seeds if seeds[steps] < SEEDS):
-      lacks.append(f'{seeds[steps]} of {SEEDS} seeds of {contender}, {steps} steps')
+    for steps, count in sorted(seeds.items()):
+      if count < SEEDS:
+        lacks.append(f'{count} of {SEEDS} seeds of {contender}, {steps} steps')
   return lacks
 
 
@@ -465,13 +466,11 @@ def write(results_folder: Path, docs: Path) -> None:
 
   Says what is missing, there and on the screen.
   """
-  by_task: dict[str, list[Result]] = defaultdict(list)
-  for result in runs.load(results_folder):
-    by_task[result['task']].append(result)
   studies = [
-    study(name, by_task[name], runs.read_times(results_folder, name))
+    study(
+      name, runs.load(results_folder, [name]), runs.read_times(results_folder, name)
+    )
     for name in TASKS
-    if name in by_task
   ]
   studies = [one for one in studies if one.contenders]
   gaps = []

@@ -83,8 +83,8 @@ def kronecker(
     refresh_every: updates between two refreshes, each of which uses one update; or a
       schedule of it, from the number of updates seen before, int32 (), rounded down
       and at least 1. Refreshed is at the updates whose number, from 1, is a multiple
-      of it. By default it grows by
-      one every 50 updates, from 1 to 5: the basis moves fastest at the beginning.
+      of it. By default it grows by one every 50 updates, from 1 to 5: the basis moves
+      fastest at the beginning.
     max_size: axes with more entries have no factor, as for the vocabulary axis of an
       embedding. A refresh costs about ``9 * n**3`` operations for an axis of n.
     max_ratio: nor have axes with more than this many times the entries of all other
