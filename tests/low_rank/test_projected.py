@@ -1,0 +1,378 @@
+"""Projected optimizers against their authors' update rules, and as transformations."""
+
+import functools
+
+import jax
+from jax import P
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+import numpy as np
+import optax
+import pytest
+
+import bsfa_optax
+from bsfa_optax.projected import dct_adamw, fira, frugal, galore, projected
+
+RANK, GAP, STEPS, RATE = 3, 4, 10, 0.1
+SHAPES = {'tall': (9, 6), 'wide': (5, 8), 'bias': (6,)}
+
+
+def recorded(steps=STEPS, shapes=SHAPES, dtype=np.float32):
+  """Gradients with falling singular values: no near ties to break differently."""
+  rng = np.random.default_rng(0)
+  out = []
+  for _ in range(steps):
+    grads = {k: rng.normal(size=s) for k, s in shapes.items()}
+    for k, g in grads.items():
+      if g.ndim > 1:
+        u, s, vt = np.linalg.svd(g, full_matrices=False)
+        grads[k] = (u * 2.0 ** -np.arange(s.shape[-1])) @ vt
+    out.append({k: jnp.asarray(g, dtype) for k, g in grads.items()})
+  return out
+
+
+def run(tx, grads, params=None):
+  params = params or jax.tree.map(jnp.ones_like, grads[0])
+  state = tx.init(params)
+  states = []
+  step = jax.jit(tx.update)
+  for g in grads:
+    updates, state = step(g, state, params)
+    params = optax.apply_updates(params, updates)
+    states.append(state)
+  return params, states
+
+
+class Reference:
+  """One matrix, as the authors' PyTorch code treats it, in float64."""
+
+  def __init__(self, shape):
+    self.right = shape[0] >= shape[1]
+    self.m = self.v = 0.0
+    self.t = 0
+
+  def top(self, g, ours):
+    u, _, vt = np.linalg.svd(g, full_matrices=False)
+    top = vt[:RANK].T if self.right else u[:, :RANK]
+    return top * np.sign((top * ours).sum(0))  # the sign alone is nobody's choice
+
+  down = lambda self, g, p: g @ p if self.right else p.T @ g
+  up = lambda self, c, p: c @ p.T if self.right else p @ c
+
+  def moments(self, c, b1=0.9, b2=0.999):
+    self.t += 1
+    self.m = b1 * self.m + (1 - b1) * c
+    self.v = b2 * self.v + (1 - b2) * c**2
+    return 1 - b1**self.t, 1 - b2**self.t
+
+
+def by_authors(step, states):
+  """Parameters after all steps by `step`, which may look at our bases."""
+  references = {k: Reference(s) for k, s in SHAPES.items() if len(s) > 1}
+  params = {k: np.ones(SHAPES[k]) for k in references}
+  for i, grads in enumerate(recorded()):
+    for k, reference in references.items():
+      ours = np.asarray(states[i][0].projection_basis[k].vectors)
+      params[k] = params[k] + step(reference, np.float64(grads[k]), i, ours, params[k])
+  return params
+
+
+def galore_step(self, g, i, ours, w):
+  if i % GAP == 0:
+    self.p = self.top(g, ours)
+  c1, c2 = self.moments(self.down(g, self.p))
+  direction = self.m / (np.sqrt(self.v) + 1e-6)
+  return -RATE * np.sqrt(c2) / c1 * self.up(direction, self.p) * 0.25
+
+
+def fira_step(self, g, i, ours, w):
+  if i % GAP == 0:
+    self.p = self.top(g, ours)
+  c = self.down(g, self.p)
+  c1, c2 = self.moments(c)
+  direction = self.m / (np.sqrt(self.v) + 1e-6)
+  axis = 0 if direction.shape[0] < direction.shape[1] else 1
+  norm = functools.partial(np.linalg.norm, axis=axis, keepdims=True)
+  scaled = (g - 0.25 * self.up(c, self.p)) * (norm(direction) / (norm(c) + 1e-8))
+  size = np.linalg.norm(scaled)
+  if i:
+    limiter = max(size / (self.last + 1e-8), 1.01) / 1.01
+    scaled, size = scaled / limiter, size / limiter
+  self.last = size
+  return -RATE * np.sqrt(c2) / c1 * (0.25 * self.up(direction, self.p) + scaled)
+
+
+def dct_step(self, g, i, ours, w):
+  n = min(g.shape)
+  rows, columns = np.meshgrid(np.arange(n), np.arange(n), indexing='ij')
+  q = np.sqrt(2 / n) * np.cos(np.pi * rows * (2 * columns + 1) / (2 * n))
+  q[0] *= np.sqrt(0.5)
+  s = g @ q if self.right else q.T @ g
+  norms = np.abs(s).sum(0 if self.right else 1)
+  new = q[:, np.sort(np.argsort(-norms)[:RANK])]
+  if i:
+    if self.right:
+      turn = self.p.T @ new
+      self.m, self.v = self.m @ turn, np.abs(self.v @ turn)
+    else:
+      turn = new.T @ self.p
+      self.m, self.v = turn @ self.m, np.abs(turn @ self.v)
+  self.p = new
+  c1, c2 = self.moments(self.down(g, new))
+  direction = self.m / (1e-8 * np.sqrt(c2) + np.sqrt(self.v))
+  return -RATE * np.sqrt(c2) / c1 * self.up(direction, new)
+
+
+@pytest.mark.parametrize(
+  ('make', 'step', 'options'),
+  [
+    (galore, galore_step, {'refresh_every': GAP}),
+    (fira, fira_step, {'refresh_every': GAP}),
+    (dct_adamw, dct_step, {}),
+  ],
+)
+def test_is_the_authors_rule(make, step, options):
+  params, states = run(make(RATE, RANK, **options), recorded())
+  for k, expected in by_authors(step, states).items():
+    np.testing.assert_allclose(params[k], expected, rtol=2e-4, atol=2e-4, err_msg=k)
+
+
+def test_frugal_is_the_authors_rule():
+  params, states = run(frugal(RATE, 0.5, refresh_every=GAP), recorded())
+
+  def step(self, g, i, ours, w):
+    if i % GAP == 0:
+      self.m = self.v = self.t = 0
+    assert len(set(ours.tolist())) == round(min(g.shape) / 2)
+    p = np.eye(min(g.shape))[:, ours]
+    c = self.down(g, p)
+    c1, c2 = self.moments(c)
+    inside = self.up(self.m / c1 / (np.sqrt(self.v / c2) + 1e-8), p)
+    return -RATE * (inside + np.sign(g - self.up(c, p))) - RATE * 0.01 * w
+
+  for k, expected in by_authors(step, states).items():
+    np.testing.assert_allclose(params[k], expected, rtol=2e-4, atol=2e-4, err_msg=k)
+  bases = [s[0].projection_basis['tall'].vectors for s in states]
+  drawn = {tuple(np.asarray(basis).tolist()) for basis in bases}
+  assert len(drawn) > 1
+
+
+def test_other_leaves_take_the_inner_optimizer():
+  tx = optax.chain(projected(optax.scale_by_adam(), RANK), optax.scale(-RATE))
+  params, _ = run(tx, recorded())
+  alone = [{'bias': g['bias']} for g in recorded()]
+  expected, _ = run(optax.adam(RATE), alone)
+  np.testing.assert_allclose(params['bias'], expected['bias'], rtol=1e-6)
+
+
+@pytest.mark.parametrize('subspace', ['svd', 'random', 'columns', 'dct'])
+def test_the_whole_space_is_the_inner_optimizer(subspace):
+  tx = projected(optax.trace(0.9), 1.0, subspace=subspace, refresh_every=3)
+  shapes = {'tall': (2, 7, 4), 'wide': (2, 3, 5)}
+  tx_stack = projected(
+    optax.trace(0.9), 1.0, subspace=subspace, refresh_every=3, batch_axes=1
+  )
+  for transformation, given in ((tx, SHAPES), (tx_stack, shapes)):
+    grads = recorded(7, given)
+    params, _ = run(transformation, grads)
+    expected, _ = run(optax.trace(0.9), grads)
+    for k in params:
+      np.testing.assert_allclose(params[k], expected[k], rtol=1e-4, atol=1e-4)
+
+
+def test_random_svd_finds_the_top_directions_of_a_large_matrix():
+  rng = np.random.default_rng(0)
+  u, _ = np.linalg.qr(rng.normal(size=(60, 40)))
+  v, _ = np.linalg.qr(rng.normal(size=(40, 40)))
+  g = jnp.asarray((u * 1.5 ** -np.arange(40)) @ v.T, jnp.float32)
+  tx = projected(optax.identity(), 4)
+  updates, _ = tx.update(g, tx.init(g))
+  expected = (u[:, :4] * 1.5 ** -np.arange(4)) @ v[:, :4].T
+  np.testing.assert_allclose(updates, expected, atol=2e-3)
+
+
+def test_carry():
+  """At a turn: zero moments and count; the same numbers; or the same matrix."""
+  grads = recorded(GAP + 1)
+  states = {}
+  for carry in ('reset', 'keep', 'rotate'):
+    tx = projected(
+      optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda c: 1.0)),
+      RANK,
+      subspace='random',
+      refresh_every=GAP,
+      carry=carry,
+    )
+    _, seen = run(tx, grads)
+    states[carry] = [s.coordinate_state for s in seen]
+    bases = [s.projection_basis['tall'].vectors for s in seen]
+  p_old, p_new = bases[GAP - 1], bases[GAP]
+  before = states['keep'][GAP - 1][0].mu['tall'].values
+  new = grads[GAP]['tall'] @ p_new
+  after = {k: s[GAP][0] for k, s in states.items()}
+  mu = {k: s.mu['tall'].values for k, s in after.items()}
+  np.testing.assert_allclose(mu['reset'], 0.1 * new, atol=1e-6)
+  np.testing.assert_allclose(mu['keep'], 0.9 * before + 0.1 * new, atol=1e-6)
+  carried = before @ p_old.T @ p_new
+  np.testing.assert_allclose(mu['rotate'], 0.9 * carried + 0.1 * new, atol=1e-6)
+  assert (after['reset'].count, after['keep'].count) == (1, GAP + 1)
+  assert states['reset'][GAP][1].count == GAP + 1  # the schedule goes on
+  assert (after['rotate'].nu['tall'].values >= 0).all()
+
+
+def test_gradient_that_is_not_finite_makes_no_subspace():
+  tx = projected(optax.identity(), RANK)
+  (g,) = recorded(1)
+  state = tx.init(g)
+  bad = g | {'tall': g['tall'].at[0, 0].set(jnp.nan)}
+  _, state = tx.update(bad, state)
+  updates, state = tx.update(g, state)
+  assert np.isfinite(updates['tall']).all()
+  assert np.abs(updates['tall']).max() > 0
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_dtypes_are_kept_and_nothing_compiles_twice(dtype):
+  tx = fira(RATE, RANK, refresh_every=2)
+  grads = recorded(4, dtype=dtype)
+  params = jax.tree.map(jnp.ones_like, grads[0])
+  abstract = jax.eval_shape(tx.init, params)
+  state = tx.init(params)
+  traces = []
+
+  @jax.jit
+  def step(g, state, params):
+    traces.append(1)
+    return tx.update(g, state, params)
+
+  for g in grads:
+    updates, state = step(g, state, params)
+    assert all(x.dtype == dtype for x in jax.tree.leaves(updates))
+  assert len(traces) == 1
+  same = jax.tree.map(
+    lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), abstract, state
+  )
+  assert jax.tree.all(same)
+  assert all(x.size for x in jax.tree.leaves(state))
+
+
+def test_specs_of_parameters_do_not_fit_the_state():
+  tx = projected(optax.scale_by_adam(), RANK)
+  params = {'tall': jnp.ones((9, 6))}
+  state = tx.init(params)
+  doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
+  assert jax.tree.structure(doubled) == jax.tree.structure(state)
+  with pytest.raises(ValueError):  # noqa: PT011
+    optax.tree.map_params(tx, lambda x, s: x, state, {'tall': P('fsdp')})
+
+
+def test_options_under_injection():
+  """A traced scale, and the same run."""
+  grads = recorded(3)
+  make = lambda rate, scale: galore(rate, RANK, scale=scale)
+  injected = optax.inject_hyperparams(make)(rate=RATE, scale=0.25)
+  expected, _ = run(make(RATE, 0.25), grads)
+  params, _ = run(injected, grads)
+  np.testing.assert_allclose(params['tall'], expected['tall'], rtol=1e-5)
+
+
+MESHES = {'explicit': AxisType.Explicit, 'auto': AxisType.Auto}
+SPECS = {
+  'rows': ((4, 8, 4), P(None, 'fsdp', None)),
+  'columns': ((4, 4, 8), P(None, None, 'fsdp')),
+  'layers': ((4, 4, 8), P('fsdp', 'tensor', None)),
+}
+# Compiling is most of the time.
+FAST_JIT = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+
+
+@functools.cache
+def unsharded(subspace):
+  tx = projected(
+    optax.scale_by_adam(),
+    2,
+    subspace=subspace,
+    residual='scaled',
+    refresh_every=2,
+    batch_axes=1,
+  )
+  grads = recorded(3, {k: shape for k, (shape, _) in SPECS.items()})
+  return tx, grads, run(tx, grads)[0]
+
+
+@pytest.mark.parametrize('kind', MESHES)
+@pytest.mark.parametrize(
+  'subspace',
+  [
+    'svd',
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ('random', 'columns', 'dct')),
+  ],
+)
+def test_sharded_is_unsharded(kind, subspace):
+  tx, grads, expected = unsharded(subspace)
+  mesh = jax.make_mesh((4, 2), ('fsdp', 'tensor'), axis_types=(MESHES[kind],) * 2)
+  shardings = {k: NamedSharding(mesh, s) for k, (_, s) in SPECS.items()}
+  with jax.set_mesh(mesh):
+    grads = [jax.device_put(g, shardings) for g in grads]
+    params = jax.device_put(jax.tree.map(jnp.ones_like, grads[0]), shardings)
+    specs = bsfa_optax.state_shardings(tx, params)
+    on_auto = kind == 'auto'
+    state = FAST_JIT(tx.init, out_shardings=specs if on_auto else None)(params)
+    types = jax.tree.map(jax.typeof, state)
+    assert on_auto or all(
+      x.sharding.is_equivalent_to(s, x.ndim)
+      for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(specs), strict=True)
+    )
+    step = FAST_JIT(tx.update, out_shardings=(shardings, specs) if on_auto else None)
+    for g in grads:
+      updates, state = step(g, state, params)
+      params = optax.apply_updates(params, updates)
+    assert jax.tree.map(jax.typeof, state) == types
+  for k in expected:
+    np.testing.assert_allclose(params[k], expected[k], rtol=1e-3, atol=1e-3, err_msg=k)
+
+
+def test_layers_need_no_communication():
+  tx = projected(optax.scale_by_adam(), 2, residual='scaled', batch_axes=1)
+  mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    g = jax.device_put(jnp.ones((8, 8, 4)), NamedSharding(mesh, P('fsdp')))
+    text = jax.jit(tx.update).lower(g, jax.jit(tx.init)(g), g).compile().as_text()
+  # One bit says whether all gradients are finite; no array travels.
+  moved = [line for line in text.splitlines() if ' all-' in line and '[]' not in line]
+  assert not moved, moved
+  assert 'collective-permute' not in text
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'rank': 0}, 'rank must be a positive integer, got 0'),
+    ({'rank': 1.5}, 'share of the shorter side in .0, 1., got 1.5'),
+    ({'rank': 7}, "rank 7 for 'tall' of shape .9, 6.; lower it"),
+    ({'subspace': 'pca'}, "subspace must be one of .*, got 'pca'"),
+    ({'residual': 'keep'}, "residual must be one of .*, got 'keep'"),
+    ({'carry': None}, 'carry must be one of .*, got None'),
+    ({'refresh_every': 0}, 'refresh_every must be a positive integer, got 0'),
+    ({'scale': -1.0}, 'scale must be finite and non-negative, got -1.0'),
+    ({'batch_axes': 'layers'}, "batch_axes must be the number .*, got 'layers'"),
+    ({'batch_axes': 1}, 'leaves chose no matrix among 2 arrays'),
+    (
+      {'leaves': lambda name, leaf: True},
+      "leaves chose 'bias', which is no real matrix",
+    ),
+  ],
+)
+def test_bad_options(options, message):
+  params = {'tall': jnp.ones((9, 6)), 'bias': jnp.ones(6)}
+  with pytest.raises(ValueError, match=message):
+    projected(optax.scale_by_adam(), **{'rank': 2, **options}).init(params)
+
+
+def test_bad_types():
+  with pytest.raises(TypeError, match='inner must be an optax'):
+    projected(optax.adam, 2)
+  with pytest.raises(TypeError, match='leaves must be a function'):
+    projected(optax.scale_by_adam(), 2, leaves=['kernel'])
