@@ -341,8 +341,7 @@ def _new_basis(
       )
       score = jnp.abs(spread).sum(-2)
       score = _matrices.place(score, g, (*batch, None))
-    new = jnp.sort(lax.top_k(score, m.rank)[1], axis=-1)
-    return _matrices.place(new, g, (*batch, None))
+    return jnp.sort(_matrices.greatest(score, m.rank), axis=-1)
   new = _matrices.place(new.astype(g.dtype), g, (*batch, short, None))
   return jnp.where(jnp.isfinite(new).all(), new, old)
 

@@ -8,6 +8,7 @@ index lies, so that a stack split over its layers needs no communication.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import functools
 import string
 from typing import Any
 
@@ -60,27 +61,27 @@ def zeros(like: Any, shape: Sequence[int], spec: Sequence[Any]) -> jax.Array:
 def product(
   subscripts: str, *operands: jax.Array, precision: Any = lax.Precision.HIGHEST
 ) -> jax.Array:
-  """`einsum` behind batch axes that all operands share, in float32 or wider.
+  """`einsum` behind batch axes that all operands share; the result in float32 or wider.
 
   Args:
     subscripts: as for einsum, in lower case, without the batch axes.
     *operands: arrays whose leading axes that have no letter are batch axes.
-    precision: as for einsum.
+    precision: as for einsum. If it is None, the operands keep their dtype.
   """
   inputs, output = subscripts.split('->')
   terms = inputs.split(',')
   batch = string.ascii_uppercase[: operands[0].ndim - len(terms[0])]
   terms, output = [batch + term for term in terms], batch + output
-  dtype = np.dtype('float32')
+  dtype = functools.reduce(np.promote_types, [x.dtype for x in operands])
+  wide = np.promote_types(dtype, np.float32)
   partition: dict[str, Any] = {}
   for term, x in zip(terms, operands, strict=True):
-    dtype = np.promote_types(dtype, x.dtype)
     partition |= {c: axis for c, axis in zip(term, spec_of(x), strict=True) if axis}
   return jnp.einsum(
     ','.join(terms) + '->' + output,
-    *(x.astype(dtype) for x in operands),
+    *(x.astype(dtype if precision is None else wide) for x in operands),
     precision=precision,
-    preferred_element_type=dtype,
+    preferred_element_type=wide,
     out_sharding=sharding_for(operands[0], [partition.get(c) for c in output]),
   )
 
@@ -114,6 +115,12 @@ def orthonormal(y: jax.Array) -> jax.Array:
     inverse = each_matrix(_linalg.inverse_cholesky, gram + shift * eye)
     y = product('sk,lk->sl', y, inverse)
   return y
+
+
+def greatest(score: jax.Array, count: int) -> jax.Array:
+  """Indices of the greatest `(*batch, n)`, int32; top_k would gather the batch."""
+  order = jnp.argsort(score, axis=-1, descending=True)
+  return order[..., :count].astype(jnp.int32)
 
 
 def gaussian(key: jax.Array, like: jax.Array, columns: int) -> jax.Array:

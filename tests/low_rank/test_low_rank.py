@@ -1,0 +1,431 @@
+"""Reparametrisations: their matrices, gradients, rounds and errors."""
+
+import functools
+
+import jax
+from jax import P
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import bsfa_optax
+from bsfa_optax import low_rank
+from bsfa_optax.projected import projected
+
+METHODS = {
+  'sst': low_rank.sst(2, draws_per_svd=2),
+  'lora': low_rank.lora(2),
+  'relora': low_rank.relora(2, scale=0.5),
+  'normed': low_rank.relora(2, column_norm=True),
+}
+SHAPES = {'tall': (3, 8, 4), 'wide': (3, 4, 6), 'bias': (4,)}
+# Compiling is most of the time.
+FAST_JIT = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+
+
+def make_params(shapes=SHAPES, dtype=np.float32):
+  rng = np.random.default_rng(0)
+  return {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
+
+
+def start(name, params=None, **options):
+  params = make_params() if params is None else params
+  options = {'batch_axes': 1, **options}
+  return low_rank.init(params, jax.random.key(1), METHODS[name], **options)
+
+
+def loss_fn(trained, frozen):
+  """Any function of all matrices, smooth and without symmetry."""
+  joined = low_rank.join(trained, frozen)
+  out = 0.0
+  for i, k in enumerate(sorted(joined)):
+    w = jnp.asarray(joined[k])
+    weights = jnp.cos(jnp.arange(w.size, dtype=w.dtype).reshape(w.shape) + i)
+    out += jnp.sum(jnp.sin(w) * weights)
+  return out
+
+
+def make_tx(rate=0.05):
+  return optax.chain(
+    optax.clip_by_global_norm(1e3),
+    low_rank.renewable(optax.adam(optax.constant_schedule(rate))),
+  )
+
+
+def train(tx, trained, frozen, state, steps):
+  for _ in range(steps):
+    grads = jax.grad(loss_fn)(trained, frozen)
+    updates, state = tx.update(grads, state, trained)
+    trained = low_rank.retract(optax.apply_updates(trained, updates))
+  return trained, state
+
+
+def assert_equal(a, b, **tolerance):
+  a, b = (dict(jax.tree_util.tree_leaves_with_path(x)) for x in (a, b))
+  assert list(a) == list(b)
+  for path in a:
+    np.testing.assert_allclose(a[path], b[path], err_msg=str(path), **tolerance)
+
+
+@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_merge_after_init_gives_back_the_parameters(name, dtype):
+  params = make_params(dtype=dtype)
+  trained, frozen = start(name, params)
+  for tree in (low_rank.join(trained, frozen), low_rank.merge(trained, frozen)):
+    for k, w in tree.items():
+      assert (w.shape, w.dtype, w.ndim) == (params[k].shape, dtype, params[k].ndim)
+  tolerance = 2e-6 if dtype == jnp.float32 else 0.05
+  merged = low_rank.merge(trained, frozen)
+  assert_equal(
+    *(jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (merged, params)),
+    atol=tolerance,
+  )
+  assert all(x.size for x in jax.tree.leaves((trained, frozen)))
+  assert all(x.dtype == dtype for x in jax.tree.leaves(trained))
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_init_is_abstract_and_jitted(name):
+  params = make_params()
+  eager = start(name)
+  abstract = jax.eval_shape(lambda p: start(name, p), params)
+  shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+  assert shapes(abstract) == shapes(eager)
+  assert_equal(jax.jit(lambda p: start(name, p))(params), eager, atol=1e-5)
+
+
+def test_gradient_of_sst():
+  """Finite differences, and the enhanced one without the value but with its sign."""
+  with jax.enable_x64(True):
+    shapes = {'w': (5, 4)}
+    params = make_params(shapes, np.float64)
+    grads = {}
+    for enhanced in (False, True):
+      trained, frozen = low_rank.init(
+        params, jax.random.key(1), low_rank.sst(2, enhanced=enhanced)
+      )
+      hot = frozen['w'].one_hot(np.float64)
+      s = trained['w'].s * jnp.array([-1.0, 1.0, -1.0, 1.0])
+      trained = {'w': low_rank.Spectrum(trained['w'].u, s, trained['w'].v)}
+      grads[enhanced] = jax.grad(loss_fn)(trained, frozen)['w']
+    own = hot @ s
+    assert (own < 0).any()
+    for k in 'usv':
+      x, plain = getattr(trained['w'], k), getattr(grads[False], k)
+      for index in np.ndindex(x.shape):
+        values = []
+        for step in (1e-6, -1e-6):
+          moved = low_rank.Spectrum(
+            **{n: getattr(trained['w'], n) for n in 'usv' if n != k},
+            **{k: x.at[index].add(step)},
+          )
+          values.append(loss_fn({'w': moved}, frozen))
+        np.testing.assert_allclose(plain[index], (values[0] - values[1]) / 2e-6, 1e-5)
+      scale = 1.0 if k == 's' else jnp.abs(own)[None]
+      np.testing.assert_allclose(getattr(grads[True], k) * scale, plain, rtol=1e-12)
+
+
+def test_column_norm_is_the_formula():
+  trained, frozen = start('normed')
+  trained, _ = train(make_tx(), trained, frozen, make_tx().init(trained), 3)
+  part, w0 = trained['tall'], frozen['tall'].w
+  whole = w0 + part.i @ part.j
+  norms = jnp.sqrt((whole**2).sum(1, keepdims=True))
+  expected = part.magnitude[:, None] * whole / norms
+  np.testing.assert_allclose(
+    low_rank.merge(trained, frozen)['tall'], expected, rtol=1e-5
+  )
+  assert np.abs(expected - w0).max() > 0.01
+
+
+def test_galore_is_lora_with_a_frozen_orthonormal_factor():
+  """Until the subspace is renewed: the coordinates are the other factor's gradient."""
+  params = {'w': make_params()['tall'][0]}
+  target = make_params()['tall'][1]
+  loss = lambda w: jnp.sum(jnp.sin(w[...] - target))
+  galore = optax.chain(
+    projected(optax.scale_by_adam(), 2, subspace='random'),
+    optax.scale_by_learning_rate(0.1),
+  )
+  state, dense = galore.init(params), params
+  _, frozen = low_rank.init(params, jax.random.key(0), low_rank.lora(2))
+  _, (after, *_) = galore.update(params, state, params)
+  p = after.projection_basis['w'].vectors  # (4, rank): the shorter side is the second
+  # W0 + I J with J = P^T kept and I from zero.
+  parts = lambda i: ({'w': low_rank.Factors(i, p.T, None)}, frozen)
+  factor = jnp.zeros((8, 2))
+  adam = optax.adam(0.1)
+  lora_state = adam.init(factor)
+  for _ in range(5):
+    grads = jax.grad(lambda p: loss(p['w']))(dense)
+    updates, state = galore.update(grads, state, dense)
+    dense = optax.apply_updates(dense, updates)
+    grad = jax.grad(lambda i: loss(low_rank.join(*parts(i))['w']))(factor)
+    update, lora_state = adam.update(grad, lora_state)
+    factor += update
+  merged = low_rank.merge(*parts(factor))
+  np.testing.assert_allclose(merged['w'], dense['w'], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_renew_keeps_the_matrices_and_restarts_what_is_renewed(name):
+  tx = make_tx()
+  trained, frozen = start(name)
+  trained, state = train(tx, trained, frozen, tx.init(trained), 3)
+  renew = jax.jit(low_rank.renew, static_argnums=0)
+  for turn in (1, 2):
+    before = low_rank.merge(trained, frozen)
+    new, new_frozen, state = renew(tx, trained, frozen, state, jax.random.key(turn))
+    assert_equal(low_rank.merge(new, new_frozen), before, atol=1e-5)
+    vectors, values, rest = state[1]
+    counts = [int(s[0].count) for s in (vectors, values, rest)]
+    schedules = [int(s[1].count) for s in (vectors, values, rest)]
+    assert schedules == [3 * turn] * 3
+    restarts = [name != 'lora', name == 'sst' and turn == 2, False]
+    assert [c == 0 for c in counts] == restarts
+    mu = vectors[0].mu['tall']
+    assert all((x == 0).all() == restarts[0] for x in jax.tree.leaves(mu))
+    if name == 'sst':
+      drawn = np.asarray(new_frozen['tall'].drawn)
+      assert all(len(set(row)) == 2 for row in drawn.tolist())
+      assert new_frozen['tall'].draws == turn % 2
+      if turn == 2:  # decomposed: orthonormal again
+        u = new_frozen['tall'].u
+        np.testing.assert_allclose(u.mT @ u, np.eye(4)[None].repeat(3, 0), atol=1e-5)
+    trained, frozen = new, new_frozen
+    trained, state = train(tx, trained, frozen, state, 3)
+
+
+def test_vectors_are_drawn_by_singular_value():
+  values = jnp.array([8.0, 4.0, -2.0, 1.0])
+  w = jnp.diag(values)
+  keys = jax.random.split(jax.random.key(0), 2000)
+  first = jax.vmap(
+    lambda key: low_rank.init({'w': w}, key, low_rank.sst(1))[1]['w'].drawn[0]
+  )(keys)
+  share = np.bincount(np.asarray(first), minlength=4) / 2000
+  np.testing.assert_allclose(share, np.array([8, 4, 2, 1]) / 15, atol=0.04)
+
+
+def test_unit_vectors_after_retract():
+  trained, frozen = start('sst')
+  trained, _ = train(make_tx(), trained, frozen, make_tx().init(trained), 2)
+  np.testing.assert_allclose(jnp.square(trained['tall'].u).sum(1), 1.0, rtol=1e-5)
+  trained, _ = start('lora')
+  assert jax.tree.all(jax.tree.map(jnp.array_equal, low_rank.retract(trained), trained))
+
+
+@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_dot_is_the_dense_product(name, dtype):
+  params = {'w': make_params()['tall'][0].astype(dtype)}
+  trained, frozen = start(name, params, batch_axes=0)
+  tx = make_tx()
+  grads = jax.tree.map(jnp.ones_like, trained)
+  updates, _ = tx.update(grads, tx.init(trained), trained)
+  trained = optax.apply_updates(trained, updates)
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 8)), dtype)
+
+  def loss(trained, x, product):
+    out = product(x, low_rank.join(trained, frozen)['w'])
+    assert (out.shape, out.dtype) == ((2, 3, 4), dtype)
+    return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+  by_hand, dense = (
+    jax.value_and_grad(loss, (0, 1))(trained, x, product)
+    for product in (low_rank.dot, lambda x, w: x @ w[...])
+  )
+  wide = lambda tree: jax.tree.map(lambda y: y.astype(jnp.float32), tree)
+  tolerance = {'rtol': 1e-4, 'atol': 1e-5}
+  if dtype == jnp.bfloat16:
+    tolerance = {'rtol': 0.1, 'atol': 0.3}
+  assert_equal(wide(by_hand), wide(dense), **tolerance)
+
+
+def test_dot_makes_no_dense_matrix():
+  w = {'w': jnp.ones((300, 200))}
+  x = jnp.ones((7, 300))
+  for method in (low_rank.sst(5), low_rank.lora(5, column_norm=True)):
+    trained, frozen = low_rank.init(w, jax.random.key(0), method)
+    step = jax.jit(
+      jax.grad(lambda t, f: low_rank.dot(x, low_rank.join(t, f)['w']).sum())
+    )
+    memory = step.lower(trained, frozen).compile().memory_analysis()
+    dense = 300 * 200 * 4
+    assert memory.temp_size_in_bytes < dense * 0.9, type(method)
+
+
+MESHES = {'explicit': AxisType.Explicit, 'auto': AxisType.Auto}
+SPECS = {
+  'tall': P(None, 'fsdp', 'tensor'),
+  'wide': P(None, None, 'tensor'),
+  'bias': P('fsdp'),
+}
+
+
+def two_rounds(tx, trained, frozen, state, step, renew):
+  for turn in range(2):
+    trained, state = step(trained, frozen, state)
+    trained, frozen, state = renew(trained, frozen, state, jax.random.key(turn))
+  trained, state = step(trained, frozen, state)
+  return trained, frozen, state
+
+
+@pytest.mark.parametrize('name', ['sst', 'normed'])
+@pytest.mark.parametrize('kind', MESHES)
+def test_sharded_is_unsharded(name, kind):
+  tx = make_tx()
+  step = FAST_JIT(lambda t, f, s: train(tx, t, f, s, 1))
+  renew = FAST_JIT(functools.partial(low_rank.renew, tx))
+  trained, frozen = start(name)
+  expected = low_rank.merge(
+    *two_rounds(tx, trained, frozen, tx.init(trained), step, renew)[:2]
+  )
+  mesh = jax.make_mesh((4, 2), ('fsdp', 'tensor'), axis_types=(MESHES[kind],) * 2)
+  with jax.set_mesh(mesh):
+    params = jax.device_put(
+      make_params(), {k: NamedSharding(mesh, s) for k, s in SPECS.items()}
+    )
+    trained, frozen = FAST_JIT(lambda p: start(name, p))(params)
+    state = FAST_JIT(tx.init)(trained)
+    types = jax.tree.map(jax.typeof, (trained, frozen, state))
+    ended = two_rounds(tx, trained, frozen, state, step, renew)
+    merged = FAST_JIT(low_rank.merge)(*ended[:2])
+    if kind == 'explicit':
+      same = jax.tree.map(lambda x, t: jax.typeof(x) == t, ended, types)
+      assert jax.tree.all(same), same
+      assert {k: jax.typeof(w).sharding.spec for k, w in merged.items()} == SPECS
+  assert_equal(merged, expected, atol=2e-4)
+
+
+def test_layers_need_no_communication():
+  """A stack split over its layers: initialised, stepped and renewed where it lies."""
+  tx = low_rank.renewable(optax.scale_by_adam())
+  mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Explicit,))
+
+  def everything(params, key):
+    trained, frozen = low_rank.init(params, key, METHODS['sst'], batch_axes=1)
+    grads = jax.grad(loss_of_layers)(trained, frozen)
+    updates, state = tx.update(grads, tx.init(trained), trained)
+    trained = low_rank.retract(optax.apply_updates(trained, updates))
+    return low_rank.renew(tx, trained, frozen, state, key)
+
+  def loss_of_layers(trained, frozen):
+    return jnp.sin(low_rank.join(trained, frozen)['w'][...]).sum()
+
+  with jax.set_mesh(mesh):
+    params = {'w': jax.device_put(jnp.ones((8, 6, 4)), NamedSharding(mesh, P('fsdp')))}
+    text = jax.jit(everything).lower(params, jax.random.key(0)).compile().as_text()
+  moved = [
+    line for line in text.splitlines() if ' all-' in line and 'f32[]' not in line
+  ]
+  assert not moved, moved
+  assert 'collective-permute' not in text
+
+
+@pytest.mark.parametrize('name', ['sst', 'normed'])
+def test_checkpoint_in_mid_round(name, tmp_path):
+  tx = make_tx()
+  step = jax.jit(lambda t, f, s: train(tx, t, f, s, 2))
+  renew = jax.jit(functools.partial(low_rank.renew, tx))
+  trained, frozen = start(name)
+  trained, frozen, state = two_rounds(
+    tx, trained, frozen, tx.init(trained), step, renew
+  )
+  saved = {'trained': trained, 'frozen': frozen, 'state': state}
+  target = jax.eval_shape(lambda: dict(zip(saved, fresh(name, tx), strict=True)))
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'round', saved)
+    checkpointer.wait_until_finished()
+    restored = checkpointer.restore(tmp_path / 'round', target)
+  assert jax.tree.structure(restored) == jax.tree.structure(saved)
+  ended = [
+    two_rounds(tx, *(x[k] for k in saved), step, renew) for x in (saved, restored)
+  ]
+  assert jax.tree.all(jax.tree.map(jnp.array_equal, *ended))
+
+
+def fresh(name, tx):
+  trained, frozen = start(name)
+  return trained, frozen, tx.init(trained)
+
+
+def test_parts_of_another_configuration_are_refused():
+  params = make_params()
+  trained, frozen = start('sst')
+  other_rank, other_frozen = low_rank.init(
+    params, jax.random.key(0), low_rank.sst(3), batch_axes=1
+  )
+  with pytest.raises(ValueError, match=r"part of 'tall' do not belong together.*rank"):
+    low_rank.join(other_rank, frozen)
+  with pytest.raises(ValueError, match="part of 'tall' do not belong together"):
+    low_rank.merge(trained, start('lora')[1])
+  with pytest.raises(ValueError, match='do not have one structure'):
+    low_rank.join(trained, {'tall': other_frozen['tall']})
+  with pytest.raises(ValueError, match="part of 'tall' do not belong together"):
+    low_rank.join(params, frozen)
+
+
+def test_renew_refuses_a_state_of_another_optimizer():
+  trained, frozen = start('sst')
+  key = jax.random.key(0)
+  adam, wrapped = optax.adam(0.1), low_rank.renewable(optax.adam(0.1))
+  with pytest.raises(TypeError, match=r'wrapped as low_rank.renewable'):
+    low_rank.renew(adam, trained, frozen, adam.init(trained), key)
+  sgd = low_rank.renewable(optax.sgd(0.1, momentum=0.9))
+  with pytest.raises(ValueError, match='state is not that of tx'):
+    low_rank.renew(wrapped, trained, frozen, sgd.init(trained), key)
+  with pytest.raises(ValueError, match='key must be a random key, got None'):
+    low_rank.renew(wrapped, trained, frozen, wrapped.init(trained), None)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'options', 'message'),
+  [
+    ((None, low_rank.sst(2)), {}, 'key must be a random key, got None'),
+    ((7, low_rank.sst(2)), {}, 'key must be a random key, got 7'),
+    ((jax.random.key, low_rank.sst(5)), {}, "rank 5 for 'tall' of shape .3, 8, 4."),
+    (
+      (jax.random.key, low_rank.sst(2)),
+      {'leaves': lambda name, leaf: True},
+      "leaves chose 'bias', which is no real matrix",
+    ),
+    ((jax.random.key, low_rank.lora(2)), {'batch_axes': 2}, 'leaves chose no matrix'),
+  ],
+)
+def test_bad_arguments(arguments, options, message):
+  key, method = arguments
+  key = key(0) if callable(key) else key
+  with pytest.raises(ValueError, match=message):
+    low_rank.init(make_params(), key, method, **{'batch_axes': 1, **options})
+
+
+def test_bad_options():
+  with pytest.raises(TypeError, match=r'method must be sst\(...\)'):
+    low_rank.init(make_params(), jax.random.key(0), 4)
+  with pytest.raises(ValueError, match='rank must be a positive integer, got 0'):
+    low_rank.lora(0)
+  with pytest.raises(ValueError, match='scale must be positive, got -1'):
+    low_rank.lora(2, scale=-1)
+  with pytest.raises(ValueError, match='draws_per_svd must be a positive'):
+    low_rank.sst(2, draws_per_svd=0)
+  with pytest.raises(ValueError, match=r'steps must be at most every \(5\), got 6'):
+    low_rank.rewarmed(1.0, 5, 6)
+  with pytest.raises(ValueError, match='dot takes x'):
+    low_rank.dot(jnp.ones((2, 8)), low_rank.join(*start('lora'))['tall'])
+
+
+def test_state_is_small():
+  """SST at 6 % of the width trains, and keeps state for, about an eighth."""
+  params = {'w': jax.ShapeDtypeStruct((100, 100), jnp.float32)}
+  trained, _ = jax.eval_shape(
+    lambda p: low_rank.init(p, jax.random.key(0), low_rank.sst(0.06)), params
+  )
+  small = bsfa_optax.state_bytes(low_rank.renewable(optax.adam(0.1)), trained)
+  assert small / bsfa_optax.state_bytes(optax.adam(0.1), params) < 0.131
