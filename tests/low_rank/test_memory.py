@@ -1,0 +1,90 @@
+"""Peak bytes of a compiled step: scanned and rematerialised layers, AdamW inside."""
+
+import functools
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from bsfa_optax import low_rank
+
+EXAMPLE = Path(__file__).parents[2] / 'examples' / 'low_rank_llama.py'
+LAYERS, WIDTH, HIDDEN, RANK, ROWS = 12, 256, 704, 16, 64
+SHAPES = dict.fromkeys('qkvo', (LAYERS, WIDTH, WIDTH)) | {
+  'up': (LAYERS, WIDTH, HIDDEN),
+  'gate': (LAYERS, WIDTH, HIDDEN),
+  'down': (LAYERS, HIDDEN, WIDTH),
+}
+
+
+def model(params, x, product):
+  """The matrices of LLaMA's layers, without the attention between them."""
+
+  def block(x, w):
+    q, k, v = (product(x, w[name]) for name in 'qkv')
+    x = x + product(q * k * v, w['o'])
+    hidden = jax.nn.silu(product(x, w['gate'])) * product(x, w['up'])
+    return x + product(hidden, w['down']), None
+
+  return jax.lax.scan(jax.checkpoint(block), x, params)[0]
+
+
+@functools.cache
+def peak(method=None, product=jnp.matmul):
+  """Bytes at the peak of one step, with what is updated donated."""
+  params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in SHAPES.items()}
+  tx = optax.adamw(1e-3)
+  frozen = optax.MaskedNode()
+  if method is not None:
+    tx = low_rank.renewable(tx)
+    params, frozen = jax.eval_shape(
+      lambda p: low_rank.init(p, jax.random.key(0), method, batch_axes=1), params
+    )
+
+  def step(trained, frozen, state, x):
+    join = lambda t: t if method is None else low_rank.join(t, frozen)
+    grads = jax.grad(lambda t: jnp.square(model(join(t), x, product)).sum())(trained)
+    updates, state = tx.update(grads, state, trained)
+    return optax.apply_updates(trained, updates), state
+
+  x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
+  memory = (
+    jax.jit(step, donate_argnums=(0, 2))
+    .lower(params, frozen, jax.eval_shape(tx.init, params), x)
+    .compile()
+    .memory_analysis()
+  )
+  return (
+    memory.argument_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+
+
+def test_sst_takes_at_most_three_fifths_of_adamw():
+  assert peak(low_rank.sst(RANK)) <= 0.6 * peak()
+
+
+def test_merging_in_the_block_is_as_good_as_interception():
+  lora = low_rank.lora(RANK)
+  assert peak(lora) <= 1.05 * peak(lora, low_rank.dot)
+
+
+@pytest.mark.slow
+def test_example(tmp_path):
+  command = [sys.executable, str(EXAMPLE), '--output', str(tmp_path)]
+  command += ['--methods', 'adamw', 'sst', '--shares', '0.06']
+  command += ['--steps', '6', '--round', '3']
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert 'another text, exported and fine-tuned' in done.stdout
+  assert (tmp_path / 'loss_against_bytes.png').exists()
+
+
+def test_example_is_one_short_file():
+  assert len(EXAMPLE.read_text().splitlines()) <= 200
