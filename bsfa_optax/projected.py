@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -151,17 +152,8 @@ def projected(
     <https://arxiv.org/abs/2403.03507>`_, 2024; and what is cited in `frugal`, `fira`
     and `dct_adamw`
   """
-  _check.transformation('inner', inner)
+  _check_options(inner, subspace, residual, refresh_every, carry, scale)
   _choice.check(rank, leaves, batch_axes)
-  _one_of('subspace', subspace, ('svd', 'random', 'columns', 'dct'))
-  _one_of('residual', residual, (None, 'sign', 'scaled'))
-  _one_of('carry', carry, ('reset', 'keep', 'rotate'))
-  _check.positive_int('refresh_every', refresh_every)
-  if callable(scale):
-    raise ValueError(
-      f'scale must be a number, got {scale!r}; schedule the learning rate.'
-    )
-  _check.multiplier('scale', scale)
   inner = optax.with_extra_args_support(inner)
   find = lambda tree: _Plan(tree, _choice.matrices(tree, rank, leaves, batch_axes))
 
@@ -172,80 +164,61 @@ def projected(
         f'leaves chose no matrix among {len(plan.given)} arrays; name some in `leaves`,'
         ' or say in batch_axes how many leading axes index layers.'
       )
-    bases = [_zero_basis(p, m, subspace) for p, m in plan.pairs()]
-    norms = [
-      _matrices.zeros(p, p.shape[:-2], _matrices.spec_of(p)[:-2]).astype(jnp.float32)
-      for p, _ in plan.pairs()
-    ]
+    norms = optax.MaskedNode()
+    if residual == 'scaled':
+      norms = plan.each(lambda p, m: _matrices.zeros(p, p.shape[:-2], _specs(p, m)[0]))
+      norms = jax.tree.map(lambda x: x.astype(jnp.float32), norms)
     return ProjectedState(
       jnp.zeros((), jnp.int32),
-      plan.tree([Basis(b) for b in bases]),
-      plan.tree(norms) if residual == 'scaled' else optax.MaskedNode(),
-      inner.init(plan.coordinates([_zero_coordinates(p, m) for p, m in plan.pairs()])),
+      plan.each(lambda p, m: Basis(_zero_basis(p, m, subspace))),
+      norms,
+      inner.init(plan.each(_zero_coordinates)),
       inner.init(plan.rest()),
     )
 
   def update(updates, state, params=None, **extra_args):
     plan = find(updates)
     count, old = state.projection_count, plan.values(state.projection_basis)
-    pairs = plan.pairs()
 
     def refresh():
       key = jax.random.fold_in(jax.random.key(seed), count)
-      keys = jax.random.split(key, max(1, len(pairs)))
-      new = [
-        _new_basis(g, m, subspace, k, b)
-        for (g, m), k, b in zip(pairs, keys, old, strict=False)
-      ]
-      return new, lax.cond(
-        count > 0,
-        lambda: _carried(
-          inner, carry, plan, subspace, state.coordinate_state, old, new
-        ),
-        lambda: state.coordinate_state,
+      keys = iter(jax.random.split(key, max(1, len(old))))
+      learn = lambda g, m, b: _new_basis(g, m, subspace, next(keys), b)
+      new = plan.values(plan.each(learn, old))
+      carried = lambda: _carried(
+        inner, carry, plan, subspace, state.coordinate_state, old, new
       )
+      return new, lax.cond(count > 0, carried, lambda: state.coordinate_state)
 
     finite = jnp.array(True)
-    for g, _ in pairs:
+    for g in plan.values(updates):
       finite &= jnp.isfinite(g).all()
     bases, inside = lax.cond(
       (count % refresh_every == 0) & finite,
       refresh,
       lambda: (old, state.coordinate_state),
     )
-    dense = [_dense(b, m, subspace, g) for b, (g, m) in zip(bases, pairs, strict=True)]
-    down = [_down(g, p, m) for (g, m), p in zip(pairs, dense, strict=True)]
-    values = outside_values = None
+    dense = plan.values(plan.each(lambda g, m, b: _dense(b, m, subspace, g), bases))
+    down = plan.each(_down, dense)
+    values = rest_values = None
     if params is not None:
       of_params = _Plan(params, plan.found)
-      values = of_params.coordinates(
-        [_down(x, p, m) for (x, m), p in zip(of_params.pairs(), dense, strict=True)]
-      )
-      outside_values = of_params.rest()
-    steps, inside = inner.update(plan.coordinates(down), inside, values, **extra_args)
+      values, rest_values = of_params.each(_down, dense), of_params.rest()
+    steps, inside = inner.update(down, inside, values, **extra_args)
     others, outside = inner.update(
-      plan.rest(), state.rest_state, outside_values, **extra_args
+      plan.rest(), state.rest_state, rest_values, **extra_args
     )
-    norms, out = state.residual_norm, []
-    lasts = plan.values(norms) if residual == 'scaled' else [None] * len(pairs)
-    new_norms = []
-    for (g, m), p, c, step, last in zip(
-      pairs, dense, down, plan.values(steps), lasts, strict=True
-    ):
-      whole = _up(step, p, m) * jnp.asarray(scale, _wide(g))
-      if residual is not None:
-        rest = g.astype(whole.dtype) - _up(c, p, m) * jnp.asarray(scale, _wide(g))
-        if residual == 'sign':
-          whole += jnp.sign(rest)
-        else:
-          rest, norm = _limited(rest, step, c, m, last, count)
-          whole += rest
-          new_norms.append(norm)
-      out.append(whole.astype(g.dtype))
-    return plan.merge(out, others), ProjectedState(
+    lasts = plan.values(state.residual_norm) if residual == 'scaled' else dense
+    whole = functools.partial(_whole, residual, scale, count)
+    both = plan.values(
+      plan.each(whole, dense, plan.values(down), plan.values(steps), lasts)
+    )
+    return plan.merge([x for x, _ in both], others), ProjectedState(
       count + finite.astype(jnp.int32),
       plan.tree([Basis(b) for b in bases]),
-      plan.tree(new_norms) if residual == 'scaled' else norms,
+      plan.tree([norm for _, norm in both])
+      if residual == 'scaled'
+      else state.residual_norm,
       inside,
       outside,
     )
@@ -263,10 +236,10 @@ class _Plan:
     self.found = found
     self.matrices = [m for m in found if m is not None]
 
-  def pairs(self) -> list[tuple[jax.Array, Matrix]]:
-    return [
-      (x, m) for x, m in zip(self.given, self.found, strict=True) if m is not None
-    ]
+  def each(self, f: Callable, *more: list[Any]) -> Any:
+    """A tree of `f(leaf, matrix, *more)` for the matrices."""
+    leaves = self.values(self.treedef.unflatten(self.given))
+    return self.tree([f(*x) for x in zip(leaves, self.matrices, *more, strict=True)])
 
   def tree(self, values: list[Any]) -> Any:
     """`values` for the matrices, `optax.MaskedNode` elsewhere."""
@@ -274,9 +247,6 @@ class _Plan:
     return self.treedef.unflatten(
       [optax.MaskedNode() if m is None else next(rest) for m in self.found]
     )
-
-  def coordinates(self, values: list[Any]) -> Any:
-    return self.tree([Coordinates(x) for x in values])
 
   def values(self, tree: Any) -> list[Any]:
     nodes = self.treedef.flatten_up_to(tree)
@@ -314,11 +284,12 @@ def _zero_basis(x: Any, m: Matrix, subspace: Subspace) -> jax.Array:
   return _matrices.zeros(x, shape, (*batch, short, None))
 
 
-def _zero_coordinates(x: Any, m: Matrix) -> jax.Array:
+def _zero_coordinates(x: Any, m: Matrix) -> Coordinates:
   batch, long, _ = _specs(x, m)
+  shape, spec = (m.rows, m.rank), (long, None)
   if m.wide:
-    return _matrices.zeros(x, (*x.shape[:-2], m.rank, m.columns), (*batch, None, long))
-  return _matrices.zeros(x, (*x.shape[:-2], m.rows, m.rank), (*batch, long, None))
+    shape, spec = (m.rank, m.columns), (None, long)
+  return Coordinates(_matrices.zeros(x, (*x.shape[:-2], *shape), (*batch, *spec)))
 
 
 def _new_basis(
@@ -379,13 +350,13 @@ def _dense(basis: jax.Array, m: Matrix, subspace: Subspace, like: Any) -> jax.Ar
   return _matrices.place(columns, like, (*batch, short, None))
 
 
-def _down(g: jax.Array, p: jax.Array, m: Matrix) -> jax.Array:
+def _down(g: jax.Array, m: Matrix, p: jax.Array) -> Coordinates:
   """Coordinates of a matrix, in its dtype."""
   out = product('ms,mr->rs' if m.wide else 'ms,sr->mr', g, p)
-  return out.astype(g.dtype)
+  return Coordinates(out.astype(g.dtype))
 
 
-def _up(c: jax.Array, p: jax.Array, m: Matrix) -> jax.Array:
+def _up(c: jax.Array, m: Matrix, p: jax.Array) -> jax.Array:
   """The matrix with these coordinates, in float32 or wider."""
   return product('rs,mr->ms' if m.wide else 'mr,sr->ms', c, p)
 
@@ -402,15 +373,15 @@ def _carried(
   """The state in the coordinates of the new bases."""
   if carry == 'keep':
     return state
-  zeros = plan.coordinates([_zero_coordinates(g, m) for g, m in plan.pairs()])
+  zeros = plan.each(_zero_coordinates)
   if carry == 'reset':
     return _choice.restarted(state, inner.init(zeros))
   structure: Any = jax.tree.structure(zeros)
   shapes = [x.shape for x in jax.tree.leaves(zeros)]
-  overlaps = [
-    product('sn,so->no', *(_dense(b, m, subspace, g) for b in (b_new, b_old)))
-    for (g, m), b_new, b_old in zip(plan.pairs(), new, old, strict=True)
-  ]
+  overlap = lambda g, m, *bases: product(
+    'sn,so->no', *(_dense(b, m, subspace, g) for b in bases)
+  )
+  overlaps = plan.values(plan.each(overlap, new, old))
 
   def of_coordinates(x):
     return (
@@ -422,17 +393,38 @@ def _carried(
     if not of_coordinates(node):
       return node
     second = any(getattr(key, 'name', None) in _SECOND_MOMENTS for key in path)
-    turned = [
-      product(
-        'no,om->nm' if m.wide else 'no,mo->mn',
-        jnp.square(overlap) if second else overlap,
-        x,
-      ).astype(x.dtype)
-      for x, overlap, m in zip(plan.values(node), overlaps, plan.matrices, strict=True)
-    ]
-    return plan.coordinates(turned)
+    square = jnp.square if second else lambda x: x
+    carry_over = lambda _, m, x, overlap: Coordinates(
+      product('no,om->nm' if m.wide else 'no,mo->mn', square(overlap), x).astype(
+        x.dtype
+      )
+    )
+    return plan.each(carry_over, plan.values(node), overlaps)
 
   return jax.tree_util.tree_map_with_path(turn, state, is_leaf=of_coordinates)
+
+
+def _whole(
+  residual: Residual,
+  scale: Any,
+  count: jax.Array,
+  g: jax.Array,
+  m: Matrix,
+  p: jax.Array,
+  c: jax.Array,
+  step: jax.Array,
+  last: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """The update of a whole matrix, and the norm of its rest if that is scaled."""
+  scale = jnp.asarray(scale, _wide(g))
+  inside = _up(step, m, p) * scale
+  if residual is None:
+    return inside.astype(g.dtype), last
+  rest = g.astype(inside.dtype) - _up(c, m, p) * scale
+  if residual == 'sign':
+    return (inside + jnp.sign(rest)).astype(g.dtype), last
+  rest, norm = _limited(rest, step, c, m, last, count)
+  return (inside + rest).astype(g.dtype), norm
 
 
 def _limited(
@@ -453,6 +445,21 @@ def _limited(
   growth = jnp.where(count > 0, jnp.maximum(size / (last + 1e-8), _LIMIT) / _LIMIT, 1)
   rest = rest / growth[..., None, None]
   return rest, (size / growth).astype(jnp.float32)
+
+
+def _check_options(
+  inner: Any, subspace: Any, residual: Any, refresh_every: Any, carry: Any, scale: Any
+) -> None:
+  _check.transformation('inner', inner)
+  _one_of('subspace', subspace, ('svd', 'random', 'columns', 'dct'))
+  _one_of('residual', residual, (None, 'sign', 'scaled'))
+  _one_of('carry', carry, ('reset', 'keep', 'rotate'))
+  _check.positive_int('refresh_every', refresh_every)
+  if callable(scale):
+    raise ValueError(
+      f'scale must be a number, got {scale!r}; schedule the learning rate.'
+    )
+  _check.multiplier('scale', scale)
 
 
 def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
