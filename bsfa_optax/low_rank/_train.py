@@ -133,8 +133,8 @@ def lora(rank: int | float, *, scale: float = 1.0, column_norm: bool = False) ->
     Hu et al., `LoRA: Low-Rank Adaptation of Large Language Models
     <https://arxiv.org/abs/2106.09685>`_, 2021
 
-    Huang, Li, Zhang, Wang et al., `Gradient Weight-normalized Low-rank Projection for
-    Efficient LLM Training <https://arxiv.org/abs/2412.19616>`_, 2024
+    Huang, Shen, Zhu, Rudinac, Kanoulas, `Gradient Weight-normalized Low-rank Projection
+    for Efficient LLM Training <https://arxiv.org/abs/2412.19616>`_, 2024
   """
   _choice.check(rank, None, 0)
   _check.positive('scale', scale)

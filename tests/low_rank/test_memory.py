@@ -1,4 +1,7 @@
-"""Peak bytes of a compiled step: scanned and rematerialised layers, AdamW inside."""
+"""Peak bytes of a compiled step: scanned and rematerialised layers, AdamW inside.
+
+python tests/low_rank/test_memory.py  # prints the table of docs/low_rank.md
+"""
 
 import functools
 from pathlib import Path
@@ -10,7 +13,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from bsfa_optax import low_rank
+from bsfa_optax import low_rank, projected
 
 EXAMPLE = Path(__file__).parents[2] / 'examples' / 'low_rank_llama.py'
 LAYERS, WIDTH, HIDDEN, RANK, ROWS = 12, 256, 704, 16, 64
@@ -34,10 +37,10 @@ def model(params, x, product):
 
 
 @functools.cache
-def peak(method=None, product=jnp.matmul):
+def peak(method=None, product=jnp.matmul, join=low_rank.join, tx=None):
   """Bytes at the peak of one step, with what is updated donated."""
   params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in SHAPES.items()}
-  tx = optax.adamw(1e-3)
+  tx = tx or optax.adamw(1e-3)
   frozen = optax.MaskedNode()
   if method is not None:
     tx = low_rank.renewable(tx)
@@ -46,8 +49,8 @@ def peak(method=None, product=jnp.matmul):
     )
 
   def step(trained, frozen, state, x):
-    join = lambda t: t if method is None else low_rank.join(t, frozen)
-    grads = jax.grad(lambda t: jnp.square(model(join(t), x, product)).sum())(trained)
+    whole = lambda t: t if method is None else join(t, frozen)
+    grads = jax.grad(lambda t: jnp.square(model(whole(t), x, product)).sum())(trained)
     updates, state = tx.update(grads, state, trained)
     return optax.apply_updates(trained, updates), state
 
@@ -88,3 +91,26 @@ def test_example(tmp_path):
 
 def test_example_is_one_short_file():
   assert len(EXAMPLE.read_text().splitlines()) <= 200
+
+
+def main():
+  stacked = {'batch_axes': 1}
+  print(f'AdamW {peak() / 1e6:.0f}; SGD {peak(tx=optax.sgd(1e-3)) / 1e6:.0f}')
+  for name, method in {
+    'SST': low_rank.sst(RANK),
+    'LoRA': low_rank.lora(RANK),
+    'LoRA, columns normed': low_rank.lora(RANK, column_norm=True),
+  }.items():
+    ways = (
+      peak(method, join=low_rank.merge),
+      peak(method),
+      peak(method, low_rank.dot),
+    )
+    print(name, *(f'{x / 1e6:.0f}' for x in ways))
+  for tx in (projected.galore, projected.fira, projected.dct_adamw):
+    print(tx.__name__, f'{peak(tx=tx(1e-3, RANK, **stacked)) / 1e6:.0f}')
+  print('frugal', f'{peak(tx=projected.frugal(1e-3, 0.25, **stacked)) / 1e6:.0f}')
+
+
+if __name__ == '__main__':
+  main()
