@@ -191,7 +191,7 @@ def projected(
       return new, lax.cond(count > 0, carried, lambda: state.coordinate_state)
 
     finite = jnp.array(True)
-    for g in plan.values(updates):
+    for g in jax.tree.leaves(plan.values(updates)):
       finite &= jnp.isfinite(g).all()
     bases, inside = lax.cond(
       (count % refresh_every == 0) & finite,
@@ -232,13 +232,15 @@ class _Plan:
   def __init__(self, tree: Any, found: list[Matrix | None]):
     self.given: list[Any]
     self.treedef: Any
-    self.given, self.treedef = jax.tree.flatten(tree)
+    # Boxes of Flax are leaves here: the state of a matrix is no box around one.
+    self.given, self.treedef = jax.tree.flatten(tree, is_leaf=_choice.is_box)
     self.found = found
     self.matrices = [m for m in found if m is not None]
 
   def each(self, f: Callable, *more: list[Any]) -> Any:
     """A tree of `f(leaf, matrix, *more)` for the matrices."""
     leaves = self.values(self.treedef.unflatten(self.given))
+    leaves = [jax.tree.leaves(x)[0] for x in leaves]
     return self.tree([f(*x) for x in zip(leaves, self.matrices, *more, strict=True)])
 
   def tree(self, values: list[Any]) -> Any:
@@ -254,14 +256,23 @@ class _Plan:
     return [x[0] if isinstance(x, Basis | Coordinates) else x for x in nodes]
 
   def rest(self) -> Any:
-    return self.merge([optax.MaskedNode()] * len(self.matrices), None)
+    return self.treedef.unflatten(
+      [
+        x if m is None else optax.MaskedNode()
+        for x, m in zip(self.given, self.found, strict=True)
+      ]
+    )
 
   def merge(self, values: list[Any], others: Any) -> Any:
-    """`values` for the matrices and the leaves of `others` (or own) elsewhere."""
+    """`values` for the matrices, in their boxes, and `others` (or own) elsewhere."""
     rest = iter(values)
     others = self.given if others is None else self.treedef.flatten_up_to(others)
+    boxed = lambda node, x: jax.tree.map(lambda _: x, node)
     return self.treedef.unflatten(
-      [x if m is None else next(rest) for x, m in zip(others, self.found, strict=True)]
+      [
+        other if m is None else boxed(given, next(rest))
+        for given, other, m in zip(self.given, others, self.found, strict=True)
+      ]
     )
 
 

@@ -32,11 +32,25 @@ class Matrix(NamedTuple):
     return self.rows < self.columns
 
 
+def is_box(x: Any) -> bool:
+  """Whether `x` is one of Flax's boxes around one array."""
+  boxed = hasattr(x, 'get_metadata') or hasattr(x, 'unbox')
+  return boxed and len(jax.tree.leaves(x)) == 1
+
+
+def named(tree: Any) -> list[tuple[str, Any]]:
+  """The arrays of a tree with their names, which are those of their boxes."""
+  return [
+    (jax.tree_util.keystr(path, simple=True, separator='/'), x)
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box)
+    for x in jax.tree.leaves(node)
+  ]
+
+
 def _chosen(params: Any, leaves: Leaves, batch_axes: BatchAxes) -> list[bool]:
   """For each leaf, whether it is a matrix, or a stack of them, to work on."""
   out = []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
+  for name, leaf in named(params):
     batch = batch_axes(name, leaf) if callable(batch_axes) else batch_axes
     matrix = leaf.ndim == 2 + batch and jnp.issubdtype(leaf.dtype, jnp.floating)
     if leaves is None:
@@ -60,12 +74,9 @@ def matrices(
 ) -> list[Matrix | None]:
   """For each leaf its `Matrix`, or None if it is left alone."""
   out: list[Matrix | None] = []
-  for (path, leaf), chosen in zip(
-    jax.tree_util.tree_leaves_with_path(params),
-    _chosen(params, leaves, batch_axes),
-    strict=True,
+  for (name, leaf), chosen in zip(
+    named(params), _chosen(params, leaves, batch_axes), strict=True
   ):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
     if chosen:
       rows, columns = leaf.shape[-2:]
       out.append(Matrix(name, rows, columns, _rank(rank, name, leaf)))

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from bsfa_optax import low_rank
+from bsfa_optax import low_rank, projected
 
 METHODS = {'sst': low_rank.sst(2), 'normed': low_rank.lora(2, column_norm=True)}
 KEY = jax.random.key(0)
@@ -158,3 +158,49 @@ def test_an_optimizer_in_place_names_the_remedy():
   tx = low_rank.renewable(optax.adam(0.1))
   with pytest.raises(TypeError, match='split the model and merge it inside the loss'):
     nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+def test_projected_in_an_nnx_optimizer():
+  model = Model(nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, projected.galore(0.01, 2), wrt=nnx.Param)
+
+  @nnx.jit
+  def step(model, optimizer):
+    loss, grads = nnx.value_and_grad(lambda m: jnp.square(m(X) - 1).sum())(model)
+    optimizer.update(model, grads)
+    return loss
+
+  losses = [step(model, optimizer) for _ in range(8)]
+  assert losses[-1] < losses[0]
+  state = jax.tree.leaves(nnx.state(optimizer))
+  assert sum(x.size for x in state) < 3 * sum(
+    x.size for x in jax.tree.leaves(nnx.state(model))
+  )
+
+
+@pytest.mark.parametrize(
+  'wrap',
+  [
+    lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    lambda tx: optax.masked(tx, {'layer': True, 'bias': False}),
+    lambda tx: optax.apply_if_finite(tx, 3),
+    lambda tx: optax.partition(
+      {'a': tx, 'b': optax.sgd(0.1)}, {'layer': 'a', 'bias': 'b'}
+    ),
+  ],
+  ids=['MultiSteps', 'masked', 'apply_if_finite', 'partition'],
+)
+@pytest.mark.parametrize(
+  'tx', [projected.frugal(0.1, 2, refresh_every=2), projected.dct_adamw(0.1, 2)]
+)
+def test_projected_in_wrappers(wrap, tx):
+  params = {'layer': {'kernel': jnp.ones((8, 4))}, 'bias': jnp.ones(4)}
+  tx = wrap(tx)
+  state = tx.init(params)
+  step = jax.jit(tx.update, donate_argnums=1)
+  for i in range(4):
+    grads = jax.tree.map(lambda x, i=i: x * jnp.cos(i + jnp.arange(4.0)), params)
+    updates, state = step(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state)))
+  assert np.abs(params['layer']['kernel'] - 1).max() > 0.01
