@@ -34,6 +34,13 @@ class Basis(NamedTuple):
   Attributes:
     vectors: orthonormal columns (*batch, n, rank) in the parameter's dtype, or which
       columns of the identity or the cosine transform they are, int32 (*batch, rank).
+
+  Examples:
+    >>> import jax.numpy as jnp, optax
+    >>> from bsfa_optax.projected import projected
+    >>> state = projected(optax.trace(0.9), rank=2).init({'w': jnp.ones((8, 4))})
+    >>> state.projection_basis['w'].vectors.shape
+    (4, 2)
   """
 
   vectors: Any
@@ -45,6 +52,13 @@ class Coordinates(NamedTuple):
   Attributes:
     values: (*batch, m, rank), or (*batch, rank, n) if the rows are the shorter side, in
       the parameter's dtype and with its sharding on the longer side.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax
+    >>> from bsfa_optax.projected import projected
+    >>> state = projected(optax.trace(0.9), rank=2).init({'w': jnp.ones((8, 4))})
+    >>> state.coordinate_state.trace['w'].values.shape
+    (8, 2)
   """
 
   values: Any

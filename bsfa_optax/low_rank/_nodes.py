@@ -28,6 +28,15 @@ class Spectrum:
     u: the drawn left vectors (*batch, m, rank).
     s: all singular values (*batch, k).
     v: the drawn right vectors (*batch, n, rank).
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from bsfa_optax import low_rank
+    >>> parts = low_rank.init(
+    ...   {'w': jnp.ones((6, 4))}, jax.random.key(0), low_rank.sst(2)
+    ... )
+    >>> parts[0]['w'].s.shape
+    (4,)
   """
 
   u: Any
@@ -47,6 +56,15 @@ class FrozenSpectrum:
     draws: draws since the last decomposition, int32 ().
     draws_per_svd: draws between two decompositions.
     enhanced: whether vectors get a gradient without their singular value.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from bsfa_optax import low_rank
+    >>> parts = low_rank.init(
+    ...   {'w': jnp.ones((6, 4))}, jax.random.key(0), low_rank.sst(2)
+    ... )
+    >>> parts[1]['w'].drawn.shape
+    (2,)
   """
 
   u: Any
@@ -74,6 +92,15 @@ class Factors:
     i: (*batch, m, rank).
     j: (*batch, rank, n).
     magnitude: the norms of the columns (*batch, n), or None where they are not fixed.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from bsfa_optax import low_rank
+    >>> parts = low_rank.init(
+    ...   {'w': jnp.ones((6, 4))}, jax.random.key(0), low_rank.lora(2)
+    ... )
+    >>> parts[0]['w'].j.shape
+    (2, 4)
   """
 
   i: Any
@@ -90,6 +117,15 @@ class FrozenFactors:
     w: W0, (*batch, m, n).
     scale: what multiplies the product of the factors.
     restart: whether `renew` adds the product to W0 and starts the factors anew.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from bsfa_optax import low_rank
+    >>> parts = low_rank.init(
+    ...   {'w': jnp.ones((6, 4))}, jax.random.key(0), low_rank.relora(2)
+    ... )
+    >>> parts[1]['w'].restart
+    True
   """
 
   w: Any

@@ -106,8 +106,8 @@ def lora(rank: int | float, *, scale: float = 1.0, column_norm: bool = False) ->
   (inputs, outputs) kernel, and the magnitudes :math:`M` are trained: GradNormLoRP's
   formula. Its released code does something else: it resets the magnitude at each step,
   leaves out the derivative of the norm, and comes close to GaLore; so no claim of
-  theirs is made here. Its projection of gradients is `bsfa_optax.projected.projected`
-  around the optimizer of the factors.
+  theirs is made here. Its projection of gradients is an optimizer of the factors in
+  `bsfa_optax.projected.projected`, the first argument of `renewable`.
 
   Args:
     rank: the width of the factors, or a share of the shorter side.
@@ -374,6 +374,7 @@ class RenewableState(NamedTuple):
 
 def renewable(
   tx: optax.GradientTransformation,
+  others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """An optimizer of which `renew` can make one part's state anew, counts and all.
 
@@ -383,12 +384,14 @@ def renewable(
   Args:
     tx: the optimizer. What looks at all leaves at once, such as clipping by the global
       norm, belongs before `renewable` in a chain.
+    others: the optimizer of all but vectors and factors: of singular values, magnitudes
+      and leaves trained as they are. None: `tx`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` whose state is a `RenewableState`.
 
   Raises:
-    TypeError: if `tx` is no transformation, or is given the result of `join`.
+    TypeError: if an optimizer is no transformation, or is given the result of `join`.
 
   Examples:
     >>> import optax
@@ -397,17 +400,20 @@ def renewable(
     ...   optax.clip_by_global_norm(1.0), low_rank.renewable(optax.adamw(1e-3))
     ... )
   """
+  others = tx if others is None else others
   _check.transformation('tx', tx)
-  tx = optax.with_extra_args_support(tx)
+  _check.transformation('others', others)
+  optimizers = [optax.with_extra_args_support(x) for x in (tx, others, others)]
 
   def init(params):
-    return RenewableState(*(tx.init(part) for part in _parts(params)))
+    pairs = zip(optimizers, _parts(params), strict=True)
+    return RenewableState(*(tx.init(part) for tx, part in pairs))
 
   def update(updates, state, params=None, **extra_args):
     of_params = (None,) * 3 if params is None else _parts(params)
     pairs = [
       tx.update(u, s, p, **extra_args)
-      for u, s, p in zip(_parts(updates), state, of_params, strict=True)
+      for tx, u, s, p in zip(optimizers, _parts(updates), state, of_params, strict=True)
     ]
     missing = lambda x: isinstance(x, optax.MaskedNode)
     return jax.tree.map(

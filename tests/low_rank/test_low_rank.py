@@ -202,6 +202,33 @@ def test_renew_keeps_the_matrices_and_restarts_what_is_renewed(name):
     trained, state = train(tx, trained, frozen, state, 3)
 
 
+@pytest.mark.parametrize('name', ['sst', 'relora'])
+def test_nothing_compiles_twice(name):
+  tx = make_tx()
+  trained, frozen = start(name)
+  state = tx.init(trained)
+  step = FAST_JIT(lambda t, f, s: train(tx, t, f, s, 1))
+  renew = FAST_JIT(lambda *parts: low_rank.renew(tx, *parts))
+  for turn in range(3):
+    trained, state = step(trained, frozen, state)
+    trained, frozen, state = renew(trained, frozen, state, jax.random.key(turn))
+  assert (step._cache_size(), renew._cache_size()) == (1, 1)
+
+
+def test_factors_take_an_optimizer_of_their_own():
+  """GradNormLoRP's composition: gradients of normed factors in a subspace."""
+  inside = optax.chain(
+    projected(optax.scale_by_adam(), 1, batch_axes=1), optax.scale(-0.05)
+  )
+  tx = low_rank.renewable(inside, optax.sgd(0.01))
+  trained, frozen = start('normed')
+  state = tx.init(trained)
+  assert state.vectors_state[0].coordinate_state.mu['tall'].i.values.shape == (3, 8, 1)
+  before = loss_fn(trained, frozen)
+  trained, _ = train(tx, trained, frozen, state, 4)
+  assert loss_fn(trained, frozen) < before
+
+
 def test_vectors_are_drawn_by_singular_value():
   values = jnp.array([8.0, 4.0, -2.0, 1.0])
   w = jnp.diag(values)
