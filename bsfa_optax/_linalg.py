@@ -1,8 +1,9 @@
-"""Decompositions of batches of small matrices that are safe on every platform."""
+"""Batches of small matrices, decomposed safely on every platform."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -34,3 +35,30 @@ def inverse_cholesky(gram: jax.Array) -> jax.Array:
   factor = jnp.linalg.cholesky(gram)
   eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
   return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+
+
+def by_size(function: Callable, matrices: list[jax.Array]) -> list[Any]:
+  """Applies a function of `(batch, n, n)` to matrices `(..., n, n)`.
+
+  All matrices of one size are one batch.
+
+  Args:
+    function: returns an array, or a tree of arrays, with the batch axis first.
+    matrices: arrays of any batch shapes.
+
+  Returns:
+    For each array what `function` gives, with its own batch axes.
+  """
+  out: list[Any] = [None] * len(matrices)
+  for n in sorted({x.shape[-1] for x in matrices}):
+    members = [i for i, x in enumerate(matrices) if x.shape[-1] == n]
+    found = function(jnp.concatenate([matrices[i].reshape(-1, n, n) for i in members]))
+    start = 0
+    for i in members:
+      batch = matrices[i].shape[:-2]
+      stop = start + math.prod(batch)
+      out[i] = jax.tree.map(
+        lambda x, a=start, b=stop, s=batch: x[a:b].reshape(*s, *x.shape[1:]), found
+      )
+      start = stop
+  return out

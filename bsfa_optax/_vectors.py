@@ -1,14 +1,13 @@
-"""Arithmetic on stacks: arrays of k or m block-shaped rows.
+"""Arithmetic on block vectors: the one place that knows of meshes.
 
-A stack of a leaf of shape ``shape`` is an array ``(rows, *shape)``: the rows keep
-the parameter's shape, and so its sharding, with an unsharded row axis in front.
-Everything that contracts or mixes rows is here, and nothing is ever flattened:
-on a mesh a Gram matrix is a local product and one all-reduce of a small matrix.
+A *vector* is a list of arrays, one for each part of a `Layout`; a *stack* is a vector
+of which every array has rows in front, ``(rows, *shape)``. Both keep the parameters'
+shape, and so their sharding. Nothing is ever flattened: on a mesh a Gram matrix is a
+local product and one all-reduce of a small matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import string
 from typing import Any, NamedTuple
 
@@ -19,7 +18,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
-from bsfa_optax import _blocks
+from bsfa_optax import _leaves
+from bsfa_optax._leaves import Layout, Vector
 
 
 class Stack(NamedTuple):
@@ -32,29 +32,28 @@ class Stack(NamedTuple):
   rows: Any  # (rows, *shape)
 
 
-def zeros(params: Any, blocks: _blocks.Blocks, rows: int, dtype: Any = None) -> Any:
+def zeros(params: Any, layout: Layout, rows: int, dtype: Any = None) -> Any:
   """A tree like `params` with a zero `Stack` for each leaf in a block.
 
   Leaves in no block become `optax.MaskedNode`. Flax metadata is kept, with a
-  leading unsharded axis.
+  leading unsharded axis. For layouts whose parts are single leaves.
   """
-  position = iter(range(len(jax.tree.leaves(params))))
-  members = set(blocks.leaves)
+  position = iter(range(len(layout.leaves)))
 
-  def stack(node):
-    if not jax.tree.leaves(node) or next(position) not in members:
+  def make(node):
+    if not jax.tree.leaves(node) or not layout.leaves[next(position)].filtered:
       return optax.MaskedNode()
     boxed = jax.tree.map(
       lambda p: jnp.broadcast_to(jnp.zeros_like(p, dtype), (rows, *p.shape)), node
     )
     return Stack(_add_row_axis(boxed))
 
-  return jax.tree.map(stack, params, is_leaf=_blocks.is_box)
+  return jax.tree.map(make, params, is_leaf=_leaves.is_box)
 
 
 def _add_row_axis(node: Any) -> Any:
   """Tells Flax metadata around a stack that its first axis is unsharded."""
-  if not _blocks.is_box(node):
+  if not _leaves.is_box(node):
     return node
   if hasattr(node, 'get_metadata'):  # nnx.Variable; it changes in place
     from flax import nnx  # a Variable exists, so Flax is there
@@ -62,6 +61,9 @@ def _add_row_axis(node: Any) -> Any:
     nnx.spmd.add_axis(node, 0, {nnx.PARTITION_NAME: None})
     return node
   return node.add_axis(0, {'partition_name': None})  # linen's AxisMetadata
+
+
+# Precision and shardings.
 
 
 def accumulator(dtype: Any) -> Any:
@@ -105,6 +107,9 @@ def replicate(x: jax.Array) -> jax.Array:
   """`x` on every device of an explicit mesh: small per-block numbers only."""
   sharding = sharding_of(x, (None,) * x.ndim)
   return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+# On single arrays.
 
 
 def contract(a: jax.Array, b: jax.Array, batch_axes: tuple[int, ...]) -> jax.Array:
@@ -157,15 +162,8 @@ def row_norms(a: jax.Array, batch_axes: tuple[int, ...]) -> jax.Array:
 
 
 def squared_norm(x: jax.Array, batch_axes: tuple[int, ...]) -> jax.Array:
-  """Squared norm of a leaf for each batch index: `shape -> (*batch,)`."""
+  """Squared norm for each batch index: `shape -> (*batch,)`."""
   return row_norms(x[None], batch_axes)[..., 0]
-
-
-def block_squared_norm(parts: _blocks.Blocks, leaves: Sequence[jax.Array]) -> jax.Array:
-  """Squared norm of every block, `(parts.count,)`."""
-  return parts.gather(
-    [squared_norm(*x) for x in zip(leaves, parts.batch_axes, strict=True)]
-  )
 
 
 def along_axis(
@@ -201,14 +199,14 @@ def rotate(
   batch_axes: tuple[int, ...],
   inverse: bool = False,
 ) -> jax.Array:
-  """Coefficients of a leaf in orthonormal bases of some of its axes.
+  """Coefficients of an array in orthonormal bases of some of its axes.
 
   Args:
-    x: the leaf, `shape`.
+    x: the array, `shape`.
     bases: for each of `axes` a basis as columns, `(*batch, n, n)`.
     axes: the axes to rotate.
     batch_axes: the axes that index blocks.
-    inverse: back from coefficients to the leaf.
+    inverse: back from coefficients.
 
   Returns:
     An array of the shape and sharding of `x`, in the accumulator's dtype.
@@ -233,30 +231,97 @@ def rotate(
 
 def second_moment(x: jax.Array, axis: int, batch_axes: tuple[int, ...]) -> jax.Array:
   """Sum of outer products of the fibres along `axis`: `shape -> (*batch, n, n)`."""
-  return contract(
-    jnp.moveaxis(x, axis, 0),
-    jnp.moveaxis(x, axis, 0),
-    tuple(a - (a > axis) for a in batch_axes),
+  fibres = jnp.moveaxis(x, axis, 0)
+  return contract(fibres, fibres, tuple(a - (a > axis) for a in batch_axes))
+
+
+# On vectors.
+
+
+def squared_norms(layout: Layout, vector: Vector) -> jax.Array:
+  """Squared norm of every block, `(blocks,)`."""
+  return layout.gather(
+    [
+      squared_norm(x, part.batch_axes)
+      for x, part in zip(vector, layout.parts, strict=True)
+    ]
   )
 
 
-def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> int:
-  """Bytes of optimizer state, before anything is allocated.
+def stack_norms(layout: Layout, stacks: Vector) -> jax.Array:
+  """Squared norms of the rows of a stack in every block, `(blocks, rows)`."""
+  norms = [
+    row_norms(x, part.batch_axes) for x, part in zip(stacks, layout.parts, strict=True)
+  ]
+  return layout.gather(norms, 1)
 
-  Args:
-    tx: any Optax transformation.
-    params: the parameters, or anything with their structure, shapes and dtypes
-      (``jax.ShapeDtypeStruct`` leaves are enough).
 
-  Returns:
-    The bytes of all arrays in ``tx.init(params)``, over all devices, each counted
-    once.
+def inner(layout: Layout, a: Vector, b: Vector) -> jax.Array:
+  """A B^T for stacks of r and q rows, `(blocks, r, q)`."""
+  return layout.gather(
+    [
+      contract(x, y, part.batch_axes)
+      for x, y, part in zip(a, b, layout.parts, strict=True)
+    ],
+    2,
+  )
 
-  Examples:
-    >>> import bsfa_optax, jax, jax.numpy as jnp, optax
-    >>> params = {'kernel': jax.ShapeDtypeStruct((128, 128), jnp.float32)}
-    >>> bsfa_optax.state_bytes(optax.adam(1e-3), params)  # two moments, one count
-    131076
+
+def mix(layout: Layout, weights: jax.Array, stacks: Vector) -> Vector:
+  """W A for weights `(blocks, q, r)` and a stack A of r rows, as a stack of q rows."""
+  return [
+    combine(w, x, part.batch_axes)
+    for w, x, part in zip(layout.scatter(weights), stacks, layout.parts, strict=True)
+  ]
+
+
+def scale(layout: Layout, vector: Vector, factors: jax.Array) -> Vector:
+  """Every block times its factor, `(blocks,)`."""
+  return [
+    x * expand(s.astype(x.dtype), x, part.batch_axes)
+    for s, x, part in zip(layout.scatter(factors), vector, layout.parts, strict=True)
+  ]
+
+
+def select(layout: Layout, which: jax.Array, new: Vector, old: Vector) -> Vector:
+  """The blocks of `new` where `which`, `(blocks,)`, is true, else those of `old`."""
+  return [
+    jnp.where(expand(s, x, part.batch_axes), x, y)
+    for s, x, y, part in zip(layout.scatter(which), new, old, layout.parts, strict=True)
+  ]
+
+
+def with_norm_of(layout: Layout, filtered: Vector, vector: Vector) -> Vector:
+  """`filtered` with the norm that each block has in `vector`.
+
+  As it is where nothing but rounding is left of a block, which must not be blown up.
   """
-  state = jax.eval_shape(tx.init, params)
-  return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+  if not layout.count:
+    return filtered
+  new, target = squared_norms(layout, filtered), squared_norms(layout, vector)
+  real = new > (1e3 * jnp.finfo(new.dtype).eps) ** 2 * target
+  ratio = jnp.where(real, target / jnp.where(real, new, 1), 1)
+  return scale(layout, filtered, jnp.sqrt(ratio))
+
+
+def random_unit(layout: Layout, like: Vector, key: jax.Array) -> Vector:
+  """A random vector in every block, of norm about 1."""
+  keys = jax.random.split(key, len(like))
+  vector = [
+    jax.random.normal(
+      k, x.shape, accumulator(x.dtype), out_sharding=sharding_of(x, spec_of(x))
+    )
+    for k, x in zip(keys, like, strict=True)
+  ]
+  return scale(layout, vector, jnp.array(layout.sizes, jnp.float32) ** -0.5)
+
+
+def random_signs(layout: Layout, like: Vector, key: jax.Array) -> Vector:
+  """A vector of random signs, in the accumulators' dtype."""
+  keys = jax.random.split(key, len(like))
+  return [
+    jax.random.rademacher(
+      k, x.shape, accumulator(x.dtype), out_sharding=sharding_of(x, spec_of(x))
+    )
+    for k, x in zip(keys, like, strict=True)
+  ]
