@@ -33,7 +33,7 @@ class Leaf(NamedTuple):
   """A leaf of the parameters and what is known of it before any number is."""
 
   name: str
-  index: int  # position in jax.tree.leaves(params)
+  position: int  # in jax.tree.leaves(params)
   shape: tuple[int, ...]
   dtype: Any
   batch_axes: tuple[int, ...]  # ascending
@@ -138,7 +138,7 @@ class Layout:
     leaves = jax.tree.leaves(tree)
     out = []
     for part in self.parts:
-      values = [leaves[leaf.index] for leaf in part.leaves]
+      values = [leaves[leaf.position] for leaf in part.leaves]
       out.append(stack(values) if part.stacked else values[0])
     return out
 
@@ -148,8 +148,8 @@ class Layout:
     for part, value in zip(self.parts, vector, strict=True):
       rows = unstack(value, len(part.leaves)) if part.stacked else [value]
       for leaf, row in zip(part.leaves, rows, strict=True):
-        old = leaves[leaf.index]
-        leaves[leaf.index] = like(row.astype(old.dtype), old)
+        old = leaves[leaf.position]
+        leaves[leaf.position] = like(row.astype(old.dtype), old)
     return jax.tree.unflatten(structure, leaves)
 
   def gather(self, values: Sequence[jax.Array], trailing: int = 0) -> jax.Array:
@@ -338,7 +338,7 @@ def layout(
   members: dict[Any, list[Leaf]] = {}
   for leaf in found:
     if leaf.filtered:
-      members.setdefault(leaf.kind if stacked else leaf.index, []).append(leaf)
+      members.setdefault(leaf.kind if stacked else leaf.position, []).append(leaf)
   parts = tuple(Part(tuple(group), stacked) for group in members.values())
   return Layout(tuple(found), parts, _blocks(parts, label_of))
 
@@ -350,7 +350,7 @@ observers: list[list[tuple[Layout, Any]]] = []
 def _blocks(parts: tuple[Part, ...], label_of: dict[int, str]) -> tuple[Block, ...]:
   groups: dict[Any, list[int]] = {}
   for i, part in enumerate(parts):
-    groups.setdefault(label_of.get(part.leaves[0].index, i), []).append(i)
+    groups.setdefault(label_of.get(part.leaves[0].position, i), []).append(i)
   blocks, start = [], 0
   for label, members in groups.items():
     shapes = {parts[i].batch_shape for i in members}

@@ -52,14 +52,14 @@ def inverse_square_root(
   # The fourth root of the sum of all eigenvalues' fourth powers: at least the greatest.
   bound = jnp.sqrt(jnp.linalg.norm(square, axis=(-2, -1), keepdims=True))
   y, e, e_squared = a / bound, a / bound, square / bound**2
-  z = None
+  z = eye
   for step, (p1, p3, p5) in enumerate(polynomials):
     precision = Precision.HIGHEST if step == 0 else Precision.DEFAULT
-    if z is not None:
+    if step:
       e = jnp.matmul(z, y, precision=precision)
       e_squared = jnp.matmul(e, e, precision=precision)
     p = p1 * eye + p3 * e + p5 * e_squared
-    z = p if z is None else jnp.matmul(p, z, precision=precision)
+    z = jnp.matmul(p, z, precision=precision) if step else p
     if step + 1 < len(polynomials):  # the last Y is not needed
       y = jnp.matmul(y, p, precision=precision)
   return z / jnp.sqrt(bound)

@@ -415,7 +415,7 @@ class SplitState(NamedTuple):
     (4, 4)
   """
 
-  projector_state: FilterState
+  projector_state: Any
   dominant_state: Any
   bulk_state: Any
 

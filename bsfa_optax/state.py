@@ -1,4 +1,4 @@
-"""What an optimizer's state is: its bytes, its shardings, its layout in a checkpoint."""
+"""What an optimizer's state is: its bytes, shardings and layout in a checkpoint."""
 
 from __future__ import annotations
 
@@ -104,9 +104,9 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
     for i, part in enumerate(layout.parts):
       arrays = jax.tree.leaves(memory[i]) if per_part else []
       for leaf in part.leaves:
-        held[leaf.index] = (part, arrays)
+        held[leaf.position] = (part, arrays)
     for leaf in layout.leaves:
-      part, arrays = held.get(leaf.index, (None, []))
+      part, arrays = held.get(leaf.position, (None, []))
       count = len(part.names) // len(part.leaves) if part else 0
       batch = len(part.batch_axes) if part else 0
       rows.append(

@@ -243,7 +243,7 @@ def muon_dimension_numbers(
       (part.inner_axes[:i], part.inner_axes[i:]) for i in range(1, len(part.inner_axes))
     ]
     squarest = min(halves, key=lambda pair: size(pair[0]) + size(pair[1]))
-    numbers[part.leaves[0].index] = optax.contrib.MuonDimensionNumbers(*squarest)
+    numbers[part.leaves[0].position] = optax.contrib.MuonDimensionNumbers(*squarest)
   return jax.tree.unflatten(jax.tree.structure(params), numbers)
 
 

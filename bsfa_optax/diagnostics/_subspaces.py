@@ -270,7 +270,7 @@ def as_stacks(params: Any, layout: Layout, stacks: Vector) -> Any:
   leaves, structure = jax.tree.flatten(_leaves.unbox(params))
   out: list[Any] = [optax.MaskedNode()] * len(leaves)
   for part, stack in zip(layout.parts, stacks, strict=True):
-    out[part.leaves[0].index] = _vectors.Stack(stack)
+    out[part.leaves[0].position] = _vectors.Stack(stack)
   return jax.tree.unflatten(structure, out)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bsfa_optax import _check, _leaves, _linalg, _vectors
 from bsfa_optax._learned import growing, Interval, is_due
-from bsfa_optax._leaves import Layout, Part, Vector
+from bsfa_optax._leaves import Part
 from bsfa_optax.estimators._base import Estimator, from_axes
 
 
