@@ -139,9 +139,9 @@ def is_due(count: jax.Array, interval: Interval) -> jax.Array:
   return (count + 1) % jnp.maximum(jnp.asarray(every).astype(jnp.int32), 1) == 0
 
 
-def growing(count: jax.Array) -> jax.Array:
+def growing(period: int) -> Callable[[jax.Array], jax.Array]:
   """From every update to every fifth: subspaces turn fastest at the beginning."""
-  return jnp.minimum(1 + count // 50, 5)
+  return lambda count: jnp.minimum(1 + count // period, 5)
 
 
 def value(option: Any, count: jax.Array) -> Any:

@@ -177,6 +177,15 @@ class Layout:
         out[i] = own
     return out
 
+  def totals(self, values: Sequence[jax.Array]) -> Vector:
+    """For each part `(*batch,)` the sums of values `(*batch,)` within its blocks."""
+    out = self.sum_over_shards(values)
+    for block in self.blocks:
+      total = functools.reduce(jnp.add, [out[i] for i in block.parts])
+      for i in block.parts:
+        out[i] = total
+    return out
+
   def sum_over_shards(self, values: Sequence[Any]) -> list[Any]:
     """Sums the values of each part over the mesh axes of `jax.shard_map` that split it.
 

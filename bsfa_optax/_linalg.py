@@ -37,10 +37,13 @@ def inverse_cholesky(gram: jax.Array) -> jax.Array:
   return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
 
 
-def by_size(function: Callable, matrices: list[jax.Array]) -> list[Any]:
-  """Applies a function of `(batch, n, n)` to matrices `(..., n, n)`.
+LARGE = 2**22  # entries: more at once gain no speed, only need memory
 
-  All matrices of one size are one batch.
+
+def by_size(function: Callable, matrices: list[jax.Array]) -> list[Any]:
+  """Applies a function of `(batch, n, n)` to arrays of matrices `(..., n, n)`.
+
+  All matrices of one size are one batch; a large one goes through in portions.
 
   Args:
     function: returns an array, or a tree of arrays, with the batch axis first.
@@ -52,13 +55,19 @@ def by_size(function: Callable, matrices: list[jax.Array]) -> list[Any]:
   out: list[Any] = [None] * len(matrices)
   for n in sorted({x.shape[-1] for x in matrices}):
     members = [i for i, x in enumerate(matrices) if x.shape[-1] == n]
-    found = function(jnp.concatenate([matrices[i].reshape(-1, n, n) for i in members]))
+    batch = jnp.concatenate([matrices[i].reshape(-1, n, n) for i in members])
+    portion = max(LARGE // n**2, 1)
+    if len(batch) <= portion:
+      found = function(batch)
+    else:
+      single = lambda x: jax.tree.map(lambda y: y[0], function(x[None]))
+      found = jax.lax.map(single, batch, batch_size=portion)
     start = 0
     for i in members:
-      batch = matrices[i].shape[:-2]
-      stop = start + math.prod(batch)
+      shape = matrices[i].shape[:-2]
+      stop = start + math.prod(shape)
       out[i] = jax.tree.map(
-        lambda x, a=start, b=stop, s=batch: x[a:b].reshape(*s, *x.shape[1:]), found
+        lambda x, a=start, b=stop, s=shape: x[a:b].reshape(*s, *x.shape[1:]), found
       )
       start = stop
   return out

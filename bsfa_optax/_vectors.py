@@ -291,17 +291,26 @@ def select(layout: Layout, which: jax.Array, new: Vector, old: Vector) -> Vector
   ]
 
 
-def with_norm_of(layout: Layout, filtered: Vector, vector: Vector) -> Vector:
+def with_norm_of(
+  layout: Layout, filtered: Vector, vector: Vector, rounding: float = 0.0
+) -> Vector:
   """`filtered` with the norm that each block has in `vector`.
 
-  As it is where nothing but rounding is left of a block, which must not be blown up.
+  As it is where no more is left of a block than `rounding`, in units of the norm times
+  the rounding error of a number: that must not be blown up.
   """
-  if not layout.count:
-    return filtered
-  new, target = squared_norms(layout, filtered), squared_norms(layout, vector)
-  real = new > (1e3 * jnp.finfo(new.dtype).eps) ** 2 * target
-  ratio = jnp.where(real, target / jnp.where(real, new, 1), 1)
-  return scale(layout, filtered, jnp.sqrt(ratio))
+  norms = [
+    layout.totals(
+      [squared_norm(x, p.batch_axes) for x, p in zip(v, layout.parts, strict=True)]
+    )
+    for v in (filtered, vector)
+  ]
+  out = []
+  for x, part, new, target in zip(filtered, layout.parts, *norms, strict=True):
+    real = new > (rounding * jnp.finfo(new.dtype).eps) ** 2 * target
+    ratio = jnp.sqrt(jnp.where(real, target / jnp.where(real, new, 1), 1))
+    out.append(x * expand(ratio.astype(x.dtype), x, part.batch_axes))
+  return out
 
 
 def random_unit(layout: Layout, like: Vector, key: jax.Array) -> Vector:

@@ -116,7 +116,7 @@ def bsfa(
     found = chosen.decompose(layout, vector, memory)
     filtered = _base.filtered(_multipliers(*options), layout, vector, found)
     if grafting:
-      filtered = _vectors.with_norm_of(layout, filtered, vector)
+      filtered = _vectors.with_norm_of(layout, filtered, vector, rounding=1e3)
     fraction = _base.dominant_fraction(layout, vector, found)
     return filtered, {'dominant_fraction': fraction}
 
@@ -154,14 +154,18 @@ def bsfa_adamw(
   *,
   nesterov: bool = True,
   filter: optax.GradientTransformation | None = None,
+  step_length: float = 2.8,
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW with a filter between Adam's direction and the decoupled weight decay.
 
   The defaults are what trained fastest in our benchmarks: Nesterov's momentum, and the
-  whitening, which keeps the norm of each block's update.
+  whitening, which keeps the norm of each matrix's update. A filtered optimizer bears,
+  and wants, longer steps: of all leaves, those that are not filtered included. They are
+  `step_length` times as long as AdamW's at the same learning rate, weight decay
+  included, so that the best rate of AdamW is about the best one here.
 
   Args:
-    learning_rate: a scalar or a schedule.
+    learning_rate: a scalar or a schedule, as for `optax.adamw`.
     b1: as in `optax.adamw`, like all arguments up to `nesterov`.
     b2: decay of the second moment.
     eps: term added to the denominator outside the square root.
@@ -172,6 +176,8 @@ def bsfa_adamw(
     nesterov: whether to use Nesterov momentum, as Muon does; `optax.adamw` does not
       unless told to.
     filter: what filters Adam's direction; `bsfa_optax.scale_by_whitening` by default.
+    step_length: what multiplies the learning rate, positive; 1.0 for a filter that does
+      not keep the norm.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
@@ -189,7 +195,7 @@ def bsfa_adamw(
 
     The filter as published, with two levels:
 
-    >>> tx = bsfa_optax.bsfa_adamw(3e-4, filter=bsfa_optax.bsfa(alpha=0.3, gamma=2.0))
+    >>> tx = bsfa_optax.bsfa_adamw(3e-4, filter=bsfa_optax.bsfa(), step_length=1.0)
 
   References:
     Zhou, Wang, Chen, Cheng, `BSFA: Leveraging the Subspace Dichotomy to Accelerate
@@ -201,12 +207,14 @@ def bsfa_adamw(
   if filter is None:
     filter = scale_by_whitening()
   _check.transformation('filter', filter)
+  _check.positive_scalar('step_length', step_length)
   return optax.chain(
     optax.scale_by_adam(
       b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
     ),
     filter,
     optax.add_decayed_weights(weight_decay, mask),
+    optax.scale(step_length),
     optax.scale_by_learning_rate(learning_rate),
   )
 

@@ -66,10 +66,10 @@ def scale_by_whitening(
     refresh_every: updates between two refreshes, each of which uses one update; or a
       schedule of it, from the number of updates seen before, int32 (), rounded down
       and at least 1. Refreshed is at the updates whose number, from 1, is a multiple
-      of it. By default it grows by one every 50 updates, from 1 to 5: the covariance
+      of it. By default it grows by one every 100 updates, from 1 to 5: the covariance
       turns fastest at the beginning.
-    block_size: an axis of more entries is cut into equal diagonal blocks of at most so
-      many, each with its own covariance.
+    block_size: an axis of more entries is cut into equal diagonal blocks, each with its
+      own covariance, of at most so many and at most as many as the other axis has.
     leaves: which leaves are filtered, a function ``(name, leaf) -> bool``, with names
       like ``'layers/0/kernel'``. By default the matrices of the hidden layers and
       the projections of continuous inputs: all arrays with two axes or more but for
@@ -132,7 +132,7 @@ def scale_by_whitening(
   """
   _check.positive_scalar('ridge', ridge)
   _check.in_range('decay', decay, 0.0, 1.0)
-  interval = _learned.growing if refresh_every is None else refresh_every
+  interval = _learned.growing(100) if refresh_every is None else refresh_every
   _check.interval('refresh_every', interval)
   _check.positive_int('block_size', block_size)
 
@@ -223,8 +223,8 @@ def muon_dimension_numbers(
 
   Returns:
     A tree like the parameters of `optax.contrib.MuonDimensionNumbers`, None for leaves
-    that stay with Adam. An array of more axes is cut in two where that makes the
-    squarest matrix.
+    that stay with Adam. Of an array with more axes the first or the last is one side,
+    whichever makes the squarer matrix.
 
   Examples:
     >>> import bsfa_optax, jax.numpy as jnp, optax
@@ -239,9 +239,8 @@ def muon_dimension_numbers(
   numbers: list[Any] = [None] * len(layout.leaves)
   for part in layout.parts:
     size = lambda axes, part=part: math.prod(part.shape[axis] for axis in axes)
-    halves = [
-      (part.inner_axes[:i], part.inner_axes[i:]) for i in range(1, len(part.inner_axes))
-    ]
+    inner = part.inner_axes
+    halves = [(inner[:i], inner[i:]) for i in (1, len(inner) - 1)]
     squarest = min(halves, key=lambda pair: size(pair[0]) + size(pair[1]))
     numbers[part.leaves[0].position] = optax.contrib.MuonDimensionNumbers(*squarest)
   return jax.tree.unflatten(jax.tree.structure(params), numbers)
@@ -266,10 +265,14 @@ class Side(NamedTuple):
 def _sides(part: Part, block_size: int) -> tuple[Side, ...]:
   """The two longest of the axes that may have a covariance."""
   fit = sorted((a for a in part.axes if part.shape[a] > 1), key=part.shape.__getitem__)
-  return tuple(
-    Side(axis, part.shape[axis], -(-part.shape[axis] // block_size))
-    for axis in sorted(fit[-2:])
-  )
+  fit = fit[-2:]
+
+  def side(axis):
+    length, others = part.shape[axis], [part.shape[a] for a in fit if a != axis]
+    whole = length <= block_size
+    return Side(axis, length, 1 if whole else -(-length // min(block_size, *others)))
+
+  return tuple(map(side, sorted(fit)))
 
 
 def _unlearnt(part: Part, side: Side) -> jax.Array:

@@ -54,9 +54,9 @@ def hessian_top_k(
 
   The Hessian of a block is that of the loss as a function of the block alone. For that
   of all parameters make them one block: ``estimators.layout(params, labels='all')``.
-  Every iteration takes a Hessian-vector product for each block. An eigenvalue that is there several times, as
-  in the output layer under a squared error, may be found fewer times, with small
-  residuals all the same.
+  Every iteration takes a Hessian-vector product for each block. An eigenvalue that is
+  there several times, as in the output layer under a squared error, may be found fewer
+  times, with small residuals all the same.
 
   Args:
     value_fn: the loss, a function of the parameters alone.

@@ -121,7 +121,7 @@ def kronecker(
     <https://arxiv.org/abs/2409.11321>`_, 2024
   """
   _check.in_range('decay', decay, 0.0, 1.0)
-  interval = growing if refresh_every is None else refresh_every
+  interval = growing(50) if refresh_every is None else refresh_every
   _check.interval('refresh_every', interval)
   _check.positive_int('max_size', max_size)
   _check.positive('max_ratio', max_ratio)
