@@ -228,7 +228,7 @@ _TABLES = re.compile(r'embed|(^|_)emb(_|$)|wte|lookup|vocab')
 _POSITIONS = re.compile(r'(^|_)pos|wpe')
 _NORMS = re.compile(r'norm|^ln(_|\d|f|$)|^bn(_|\d|$)')
 _HEADS = re.compile(
-  r'(^|_)head(_|\d|$)|^unembed|logits|classifier|readout|^output_layer$|vocab_proj'
+  r'(^|(?<!multi)_)head(_|\d|$)|^unembed|logits|classifier|readout|^output_layer$|vocab_proj'
 )
 _VECTORS = re.compile(r'bias|^scale|_scale$|^gamma$|^beta$|^offset$')
 _ROUTERS = re.compile(r'router|gating')
