@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+import textwrap
 
 from benchmarks import literature
 from benchmarks.contenders import CONTENDERS
@@ -35,6 +36,16 @@ def seed(text: str) -> int:
   return value
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+  """Names are not broken at their hyphens, nor examples at the end of a line."""
+
+  def __init__(self, prog: str):
+    super().__init__(prog, max_help_position=22)
+
+  def _split_lines(self, text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
 class Commands:
   """Adds commands with what they have in common."""
 
@@ -43,14 +54,16 @@ class Commands:
       dest='command', required=True, metavar='COMMAND', title='commands'
     )
 
-  def add(self, name: str, text: str, example: str) -> argparse.ArgumentParser:
+  def add(
+    self, name: str, text: str, example: str, required: str = ''
+  ) -> argparse.ArgumentParser:
     command = self._commands.add_parser(
       name,
       help=text,
       description=f'{text[0].upper()}{text[1:]}.',
-      epilog=f'example: python -m benchmarks {name} {example}'.rstrip(),
-      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22),
-      usage=f'python -m benchmarks {name} [options]',
+      epilog=f'example:\n  python -m benchmarks {name} {example}'.rstrip(),
+      formatter_class=Formatter,
+      usage=f'python -m benchmarks {name} {required}[options]',
     )
     command.add_argument(
       '--results',
@@ -69,7 +82,8 @@ class Commands:
   def add_training(
     self, name: str, text: str, example: str, contenders: bool = True
   ) -> argparse.ArgumentParser:
-    command = self.add(name, text, example)
+    rates = '--learning-rate RATE ... ' if name == 'run' else ''
+    command = self.add(name, text, example, f'--task TASK ... {rates}')
     command.add_argument(
       '--task',
       nargs='+',
@@ -126,8 +140,9 @@ def make_parser() -> argparse.ArgumentParser:
     prog='python -m benchmarks',
     usage='python -m benchmarks COMMAND [options]',
     description='Tasks x optimizers x seeds: trains what has no result yet, and reports'
-    ' what was found. Ctrl-C loses nothing that is finished.',
-    epilog='example: python -m benchmarks tune --task masked-chain --contender bsfa',
+    '\nwhat was found. Ctrl-C loses nothing that is finished.',
+    epilog='example:\n  python -m benchmarks tune --task masked-chain --contender bsfa',
+    formatter_class=Formatter,
   )
   commands = Commands(parser)
   add_run(commands)
@@ -140,7 +155,7 @@ def add_run(commands: Commands) -> None:
   run = commands.add_training(
     'run',
     'train every combination of what is given',
-    '--task masked-chain --contender adamw bsfa --learning-rate 0.008 --seed 0 1',
+    '--task masked-chain --learning-rate 0.008 0.016',
   )
   run.add_argument(
     '--learning-rate',
@@ -214,8 +229,8 @@ def add_others(commands: Commands) -> None:
     'reproduce',
     'measure the findings of docs/literature.md and draw their figures',
     'bulk-sgd --data data',
+    'NAME ... ',
   )
-  reproducing.usage = 'python -m benchmarks reproduce NAME [NAME ...] [options]'
   reproducing.add_argument(
     'name',
     nargs='+',

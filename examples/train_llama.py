@@ -138,17 +138,17 @@ def train(name, rate, args, text, validation, stop):
 
 def show(runs, output):
   """The table, loss.png and results.json."""
-  line = '{:12}{:<16}{:<13}{:<18}{}'.format
-  print(line('', 'learning rate', 'train loss', 'validation loss', 'ms a step'))
+  line = '{:10}{:<10}{:<13}{:<18}{}'.format
+  print(line('', 'rate', 'train loss', 'validation loss', 'ms a step'))
   axes = (figure := Figure(layout='constrained')).subplots()
   for run in runs:
     means = [x.mean() for x in np.array_split(run['losses'], len(run['seconds']) - 1)]
     cells = [f'{x:.4f}' for x in (np.mean(run['losses'][-50:]), run['validation_loss'])]
-    cells.append(f'{1e3 * run["seconds"][-1] / len(run["losses"]):.1f}')
+    cells.append(f'{1e3 / LOOK_EVERY * np.median(np.diff(run["seconds"])):.1f}')
     print(line(run['optimizer'], run['learning_rate'], *cells))
-    axes.plot(run['seconds'][1:], means, label=run['optimizer'])
-  axes.set(xlabel='seconds', ylabel='train loss, nats a byte', yscale='log')
-  axes.legend()
+    axes.plot(LOOK_EVERY * np.arange(1, len(means) + 1), means, label=run['optimizer'])
+  axes.set(xlabel='step', ylim=(None, np.nan_to_num(means[len(means) // 10], nan=9)))
+  axes.legend(title='train loss')
   figure.savefig(output / 'loss.png')
   (output / 'results.json').write_text(json.dumps(runs, indent=1))
 

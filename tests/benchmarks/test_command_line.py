@@ -25,7 +25,7 @@ def test_help_fits_a_screen_and_has_an_example(command, capsys, monkeypatch):
   assert error.value.code == 0
   text = capsys.readouterr().out
   assert text.count('\n') <= 30
-  assert f'example: python -m benchmarks {command}'.strip() in text
+  assert f'\nexample:\n  python -m benchmarks {command}' in text
 
 
 @pytest.mark.parametrize(

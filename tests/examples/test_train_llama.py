@@ -1,5 +1,6 @@
 """The example from end to end at toy size: results, interruption, errors."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -128,15 +129,26 @@ def test_muon_stops_at_sigterm_as_well(folder):
   assert 100 <= int(saved.name) < 50000
 
 
-def error_of(folder: Path, *options: str) -> str:
-  status, out, err = finish(start(folder, *options))
-  assert status == 2, err
-  assert not out
-  *_, message = err.splitlines()
-  return message
+@pytest.fixture
+def error_of(folder, monkeypatch, capsys):
+  """Options to the last line of the error, in this process."""
+  spec = importlib.util.spec_from_file_location('train_llama', SCRIPT)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  monkeypatch.chdir(folder)
+
+  def run(*options: str) -> str:
+    monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *options])
+    with pytest.raises(SystemExit) as error:
+      module.main()
+    assert error.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    return err.splitlines()[-1]
+
+  return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('options', 'words'),
   [
@@ -152,24 +164,23 @@ def error_of(folder: Path, *options: str) -> str:
   ],
   ids=lambda value: ' '.join(value) if value[0].startswith('--') else '',
 )
-def test_bad_input_is_explained(folder, options, words):
-  error = error_of(folder, '--data', 'text.txt', '--output', 'fresh', *options)
+def test_bad_input_is_explained(folder, error_of, options, words):
+  error = error_of('--data', 'text.txt', '--output', 'fresh', *options)
   for word in words:
     assert word in error
   assert not (folder / 'fresh' / 'config.json').exists()
 
 
 @pytest.mark.slow
-def test_existing_run_is_kept(folder, uninterrupted):
+def test_existing_run_is_kept(error_of, uninterrupted):
   before = results(uninterrupted[2])
-  error = error_of(folder, *JOB, '--output', 'whole')
+  error = error_of(*JOB, '--output', 'whole')
   assert '--output: whole has a run; --resume it or give another' in error
-  error = error_of(folder, *JOB, '--output', 'whole', '--seed', '1', '--resume')
+  error = error_of(*JOB, '--output', 'whole', '--seed', '1', '--resume')
   assert '--resume: whole has no run with these very options' in error
   assert results(uninterrupted[2]) == before
 
 
-@pytest.mark.slow
 def test_help_has_an_example(folder):
   status, out, err = finish(start(folder, '--help'))
   assert status == 0, err
