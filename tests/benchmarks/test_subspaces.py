@@ -96,6 +96,7 @@ def test_curvature_energy_is_measured(store):
   assert share(top) > max(map(share, same)) - 0.02
 
 
+@pytest.mark.slow
 def test_recording_does_not_change_the_run():
   adam = setting('Adam', optimizer=optax.adam(1e-3), b2=0.999)
   problem = tiny_problem(None)
