@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import optax
 
 import bsfa_optax
-from bsfa_optax import dct, Estimator, hessian_lanczos, kronecker, pca
+from bsfa_optax import dct, hessian_lanczos, kronecker, pca
 from bsfa_optax.diagnostics import (
   curvature_energy,
   dominant_fraction,
   hessian_top_k,
-  partition,
   projector,
   spectrum,
   subspace_overlap,
 )
+from bsfa_optax.estimators import Estimator, layout
 
 __all__ = [
   'ALL',
@@ -41,7 +41,7 @@ __all__ = [
   'last_layer',
   'learner',
   'overlap_watchers',
-  'partition',
+  'layout',
   'pca',
   'projector',
   'subspace_overlap',
@@ -67,19 +67,15 @@ def filtered(
   exponent: float | None = None,
 ) -> optax.GradientTransformation:
   """BSFA over a base optimizer; it learns from updates, or from gradients."""
-  return bsfa_optax.accelerate(
-    base,
-    alpha,
-    gamma,
-    history=optax.identity() if of_gradients else None,
-    exponent=exponent,
-    estimator=estimator,
-  )
+  last = bsfa_optax.bsfa(alpha, gamma, exponent=exponent, estimator=estimator)
+  if of_gradients:
+    return bsfa_optax.accelerate(base, last, history=optax.identity())
+  return optax.chain(base, last)
 
 
 def chi(estimator: Estimator, state: Any, gradient: Any) -> jax.Array:
   """Share of a gradient that is in the dominant subspace, of the only block."""
-  learned = optax.tree.get(state, 'estimator_state')
+  learned = optax.tree.get(state, 'memory')
   fraction, _ = dominant_fraction(estimator, learned, gradient)
   return fraction[0]
 
