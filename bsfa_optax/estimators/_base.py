@@ -87,7 +87,7 @@ class Estimator(NamedTuple):
     >>> def decompose(layout, vector, memory):
     ...   rows = [m[None] for m in memory]
     ...   norm = jnp.sqrt(estimators.inner(layout, rows, rows)[:, :, 0])
-    ...   rows = [r / norm[i] for i, r in enumerate(rows)]  # a leaf is a block here
+    ...   rows = [r / norm[i, 0] for i, r in enumerate(rows)]  # a block a leaf
     ...   one = jnp.ones_like(norm)
     ...   return estimators.from_rows(layout, vector, rows, one, 0 * one[:, 0], True)
     >>> average = estimators.Estimator(estimators.layout, init, learn, decompose)
