@@ -150,7 +150,10 @@ def _inverse_cholesky(gram: jax.Array) -> jax.Array:
   size = jnp.where(some, trace, 1)
   shift = jnp.where(some, 8 * n * jnp.finfo(gram.dtype).eps, 1)
   eye = jnp.eye(n, dtype=gram.dtype)[None]
-  return _linalg.inverse_cholesky(gram / size + shift * eye) / jnp.sqrt(size)
+  inverse = _linalg.inverse_cholesky(gram / size + shift * eye)
+  # Where products underflowed the matrix may be indefinite: no direction can be told.
+  inverse = jnp.where(jnp.isfinite(inverse).all((1, 2), keepdims=True), inverse, 0)
+  return inverse / jnp.sqrt(size)
 
 
 def orthonormalize(layout: Layout, rows: Vector) -> Vector:

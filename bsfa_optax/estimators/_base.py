@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bsfa_optax import _vectors
@@ -85,7 +87,7 @@ class Estimator(NamedTuple):
     >>> def decompose(layout, vector, memory):
     ...   rows = [m[None] for m in memory]
     ...   norm = jnp.sqrt(estimators.inner(layout, rows, rows)[:, :, 0])
-    ...   rows = [r / norm[i] for i, r in enumerate(rows)]  # a leaf is a block here
+    ...   rows = [r / norm[i, 0] for i, r in enumerate(rows)]  # a block a leaf
     ...   one = jnp.ones_like(norm)
     ...   return estimators.from_rows(layout, vector, rows, one, 0 * one[:, 0], True)
     >>> average = estimators.Estimator(estimators.layout, init, learn, decompose)
@@ -132,7 +134,7 @@ def filtered(
     found.spread(base),
     strict=True,
   ):
-    excess = jnp.where(ready, f(variance, dominant) - b, 0)
+    excess = jnp.where(ready, f(variance, dominant) - b.astype(variance.dtype), 0)
     changes.append(excess.astype(c.dtype) * c)
   wide = [v.astype(_vectors.accumulator(v.dtype)) for v in vector]
   scaled = _vectors.scale(layout, wide, base)
@@ -234,6 +236,7 @@ def from_axes(
     The `Decomposition`.
   """
   batches = [() if shared else part.batch_axes for part in layout.parts]
+  dtype = functools.reduce(np.promote_types, [x.dtype for x in variance])
 
   def rotated(arrays, inverse=False):
     columns = zip(arrays, bases, axes, batches, strict=True)
@@ -251,7 +254,7 @@ def from_axes(
     rotated(vector),
     variance,
     dominant,
-    jnp.ones((layout.count,), jnp.float32),
+    jnp.ones((layout.count,), dtype),
     jnp.concatenate([r.reshape(-1) for r in ready]),
     spread=lambda values: [
       _vectors.expand(s, v, part.batch_axes)

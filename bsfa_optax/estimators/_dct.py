@@ -145,9 +145,9 @@ def _transformed_axis(part: Part, rank: int) -> tuple[int, ...]:
   best = min(reversed(long), key=size) if long else max(part.axes, key=size)
   if size(best) > MAX_SIZE:
     raise ValueError(
-      f'axes must have at most {MAX_SIZE} entries for dct, got axis {best} of a'
-      f' leaf of shape {part.leaves[0].shape}; name a shorter one, or () to leave it'
-      ' alone.'
+      f'axes must have at most {MAX_SIZE} entries for dct, got axis'
+      f' {best - part.stacked} of a leaf of shape {part.leaves[0].shape}; name a shorter'
+      ' one, or () to leave it alone.'
     )
   return (best,)
 

@@ -159,7 +159,7 @@ def pca(
       basis=_like(memory.basis, basis),
       variance=variance,
       total_variance=jnp.maximum(total, variance.sum(1)),
-      is_complete=count + 1 >= first_refresh,
+      is_complete=count >= first_refresh - 1,  # count + 1 may overflow
     )
 
   def learn(layout, vector, memory, count, params, **extra_args):
@@ -172,7 +172,7 @@ def pca(
     memory = memory._replace(history=_like(memory.history, written))
     due = is_due(count, refresh_every)
     if decay == 0:
-      due &= count + 1 >= first_refresh
+      due &= count >= first_refresh - 1
     return jax.lax.cond(
       due,
       lambda memory: refresh(layout, memory, count),

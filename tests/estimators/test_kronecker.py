@@ -1,6 +1,7 @@
 """The `kronecker` estimator against a dense reference."""
 
 import functools
+import itertools
 import re
 
 import chex
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from bsfa_optax import bsfa, dct, kronecker
+from bsfa_optax.estimators import _base
 
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
@@ -33,7 +35,7 @@ def reference(f, updates, v, axes, decay):
   """f(C) v for dense moving averages of the covariance of each of `axes`.
 
   Returns:
-    The filtered update, the share of the variance above the mean, and |Pv| / |v|.
+    The filtered update, and |Pv| / |v|.
   """
   variance, bases = np.ones((1,) * v.ndim), {}
   for axis in axes:
@@ -52,8 +54,7 @@ def reference(f, updates, v, axes, decay):
   for axis, basis in bases.items():
     out = rotate(out, basis, axis)
   inside = np.linalg.norm(np.where(variance > 1, coefficients, 0))
-  explained = np.where(variance > 1, variance, 0).mean()
-  return out, explained, inside / np.linalg.norm(v)
+  return out, inside / np.linalg.norm(v)
 
 
 def make_updates(shapes, steps, dtype='float32'):
@@ -90,7 +91,13 @@ def assert_close(actual, desired, tol=TOL):
   assert error <= tol * np.linalg.norm(desired)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'float64', 'bfloat16'])
+every = lambda name, leaf: True
+
+
+@pytest.mark.parametrize(
+  'dtype',
+  ['float32', 'bfloat16', pytest.param('float64', marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize('name', FILTERS)
 def test_filter_is_that_of_the_dense_covariance(name, dtype):
   exponent, f = FILTERS[name]
@@ -113,26 +120,40 @@ def test_filter_is_that_of_the_dense_covariance(name, dtype):
       refresh_every=2,
       max_size=12,
       max_ratio=4.0,
+      leaves=every,
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(filtered, updates[0])
   dense = [jax.tree.map(lambda x: np.asarray(x, np.float64), u) for u in updates]
   for i, key in enumerate(sorted(shapes)):
     sizes = [shapes[key][axis] for axis in axes[key]]
     chex.assert_trees_all_equal_shapes(
-      state.estimator_state.factors[key].basis, tuple(np.ones((n, n)) for n in sizes)
+      state.memory[i].basis, tuple(np.ones((1, n, n)) for n in sizes)
     )
     if not axes[key]:  # no directions: left alone
       chex.assert_trees_all_equal(filtered[key], updates[-1][key])
       continue
     # Every second update is learned, the last one before it is filtered.
     learned = [u[key] for u in dense[1::2]]
-    out, explained, fraction = reference(f, learned, dense[-1][key], axes[key], 0.6)
+    out, fraction = reference(f, learned, dense[-1][key], axes[key], 0.6)
     assert_close(filtered[key], out, 4e-3 if dtype == 'bfloat16' else TOL)
-    np.testing.assert_allclose(state.dominant_fraction[i], fraction, rtol=1e-4)
+    found = state.measured['dominant_fraction'][i]
+    np.testing.assert_allclose(found, fraction, rtol=1e-4)
+    assert 0.05 < fraction < 1
+
+
+def test_leaves_alike_have_factors_of_their_own():
+  shapes = {'layers/0/w': (4, 6), 'layers/1/w': (4, 6), 'other': (4, 6)}
+  updates = make_updates(shapes, 4)
+  filtered, state = run(0.5, updates, refresh_every=1)
+  assert [len(factors.spectrum[0]) for factors in state.memory] == [2, 1]
+  for i, key in enumerate(shapes):
+    alone, own = run(0.5, [{key: u[key]} for u in updates], refresh_every=1)
+    np.testing.assert_allclose(filtered[key], alone[key], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-      state.estimator_state.explained_variance[i], explained, rtol=1e-4
+      state.measured['dominant_fraction'][i],
+      own.measured['dominant_fraction'][0],
+      rtol=1e-5,
     )
-    assert 0.05 < explained < 1
 
 
 @pytest.mark.parametrize('refresh_every', [1, 3])
@@ -143,7 +164,7 @@ def test_identity_until_the_first_refresh(refresh_every):
   for i, u in enumerate(updates):
     filtered, state = step_fn(0.5, tuple(options.items()))(u, state)
     changed = bool((filtered['matrix'] != u['matrix']).any())
-    learned = bool(state.estimator_state.explained_variance.any())
+    learned = bool(state.memory[0].spectrum[0].any())
     assert changed == learned == (i + 1 >= refresh_every)  # learns before it filters
 
 
@@ -161,12 +182,29 @@ def test_factors_are_refreshed_only_when_due(refresh_every, due):
   state, states = bsfa(estimator=kronecker(**options)).init(updates[0]), []
   for u in updates:
     _, state = step_fn(0.5, tuple(options.items()))(u, state)
-    states.append(state.estimator_state)
+    states.append(state)
   for i in range(1, 9):
-    old, new = (jax.tree.leaves(s.factors) for s in states[i - 1 : i + 1])
+    old, new = (jax.tree.leaves(s.memory) for s in states[i - 1 : i + 1])
     same = all((a == b).all() for a, b in zip(old, new, strict=True))
     assert same == (i + 1 not in due)
-    assert states[i].kronecker_step == i + 1
+    assert states[i].filter_count == i + 1
+
+
+@pytest.mark.parametrize(
+  'refresh_every', [1, 3, None, lambda count: 1 + jnp.minimum(count, 2)]
+)
+def test_goes_on_at_the_end_of_int32(refresh_every):
+  updates = make_updates({'matrix': (4, 6)}, 24)
+  options = {'refresh_every': refresh_every}
+  state, memories = bsfa(estimator=kronecker(**options)).init(updates[0]), []
+  state = state._replace(filter_count=jnp.int32(2**31 - 1))
+  for u in updates:
+    _, state = step_fn(0.5, tuple(options.items()))(u, state)
+    assert state.filter_count > 2**29  # as late as ever
+    memories.append(np.asarray(state.memory[0].spectrum[0]))
+  refreshes = sum((a != b).any() for a, b in itertools.pairwise(memories))
+  every = {1: 1, 3: 3, None: 5}.get(refresh_every, 3)
+  assert refreshes in (23 // every, 23 // every + 1)
 
 
 @pytest.mark.parametrize(
@@ -188,40 +226,37 @@ def test_factors_are_refreshed_only_when_due(refresh_every, due):
 def test_named_axes(axes, factored):
   updates = make_updates({'matrix': (4, 6), 'three': (3, 4, 2)}, 4)
   estimator = kronecker(axes=axes, decay=0.6, refresh_every=1, max_size=5)
-  state, update = estimator.init(updates[0]), jit(estimator.update)
-  for u in updates[:3]:
-    state = update(u, state)
-  two_level = lambda variance, _: jnp.where(variance > 1, ALPHA, GAMMA)
-  filtered, fraction = jit(lambda u: estimator.apply(two_level, u, state))(updates[3])
+  tx = bsfa(ALPHA, GAMMA, estimator=estimator)
+  state, update = tx.init(updates[0]), jit(tx.update)
+  for u in updates:
+    filtered, state = update(u, state)
+  fraction = state.measured['dominant_fraction']
   dense = [jax.tree.map(lambda x: np.asarray(x, np.float64), u) for u in updates]
   for i, (key, axes_of_leaf) in enumerate(factored.items()):
     if not axes_of_leaf:
       chex.assert_trees_all_equal(filtered[key], updates[3][key])
-      assert fraction[i] == state.explained_variance[i] == 0
+      assert fraction[i] == 0
       continue
-    out, explained, inside = reference(
+    out, inside = reference(
       FILTERS['two_level'][1],
-      [u[key] for u in dense[:3]],
+      [u[key] for u in dense],
       dense[3][key],
       axes_of_leaf,
       0.6,
     )
     assert_close(filtered[key], out)
     np.testing.assert_allclose(fraction[i], inside, rtol=1e-4)
-    np.testing.assert_allclose(state.explained_variance[i], explained, rtol=1e-4)
 
 
 @pytest.mark.parametrize('make', [kronecker, dct])
 def test_batch_without_a_named_axis_is_left_alone(make):
   (v,) = make_updates({'layers': (3, 4, 6)}, 1)
-  estimator = make(axes=(), batch_axes=0)
-  state, update = estimator.init(v), jit(estimator.update)
+  tx = bsfa(2.0, 2.0, estimator=make(axes=(), batch_axes=0))
+  state, update = tx.init(v), jit(tx.update)
   for _ in range(2):
-    state = update(v, state)
-  double = lambda variance, dominant: jnp.full_like(variance, 2)
-  filtered, fraction = estimator.apply(double, v, state)
+    filtered, state = update(v, state)
   chex.assert_trees_all_equal(filtered, v)
-  assert fraction.tolist() == [0, 0, 0]
+  assert state.measured['dominant_fraction'].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize('make', [kronecker, dct])
@@ -232,17 +267,17 @@ def test_batch_without_a_named_axis_is_left_alone(make):
     ({'axes': (0, -3)}, ['axes must lie within the axes', 'got (0, -3)']),
     ({'axes': {'w': 'x'}}, ['axes must lie within the axes', 'got x', "'w'"]),
     (
-      {'axes': (0, 1), 'batch_axes': -1, 'blocks': 'all'},
-      ['axes must not be batch axes', 'axes=(0, 1)', "'all'", '(1,)', 'one of them'],
+      {'axes': (0, 1), 'batch_axes': -1},
+      ['axes must not be batch axes', 'axes=(0, 1)', "'w'", '(1,)', 'one of them'],
     ),
     ({'axes': {'x': 0}}, ['axes must be a tree', "'x'", 'a function']),
   ],
 )
 def test_bad_axes(make, options, parts):
   params = {'w': jnp.ones((4, 6))}
-  estimator = make(**options)
+  tx = bsfa(estimator=make(**options))
   with pytest.raises(ValueError, match=re.escape(parts[0])) as error:
-    estimator.init(params)
+    tx.init(params)
   assert all(part in str(error.value) for part in parts)
 
 
@@ -251,11 +286,12 @@ def test_bases_are_orthonormal_in_the_storage_dtype(dtype):
   updates = make_updates({'matrix': (4, 6)}, 60)
   _, state = run(0.5, updates, refresh_every=1, storage_dtype=dtype)
   tol = 1e-5 if dtype == jnp.float32 else 0.1  # 60 rotations, each rounded
-  for basis in state.estimator_state.factors['matrix'].basis:
+  (factors,) = state.memory
+  for basis in factors.basis:
     assert basis.dtype == dtype
-    q = np.asarray(basis, np.float64)
+    (q,) = np.asarray(basis, np.float64)
     np.testing.assert_allclose(q.T @ q, np.eye(len(q)), atol=tol)
-  for spectrum in state.estimator_state.factors['matrix'].spectrum:
+  for spectrum in factors.spectrum:
     assert (np.diff(spectrum) <= 0).all()
     assert (spectrum >= 0).all()
 
@@ -271,17 +307,24 @@ def test_variances_of_a_matrix_normal():
   noise = rng.normal(size=(steps, *shape)) * left[:, None] * right
   updates = jnp.float32(u @ noise @ v.T)
   estimator = kronecker(decay=0.998, refresh_every=1)
+  tx, layout = bsfa(estimator=estimator), estimator.layout(updates[0])
 
   @jit
   def learn(updates):
-    step = lambda state, g: (estimator.update(g, state), None)
-    return jax.lax.scan(step, estimator.init(updates[0]), updates)[0]
+    step = lambda state, g: (tx.update(g, state)[1], None)
+    return jax.lax.scan(step, tx.init(updates[0]), updates)[0].memory
 
   # f(x) = x shows the variances themselves: f(C) u_i v_j^T = l_i r_j u_i v_j^T.
-  state = learn(updates)
-  identity = lambda variance, dominant: variance
+  memory = learn(updates)
   relative = [s / s.mean() for s in spectra]
-  multiply = jit(lambda g: estimator.apply(identity, g, state)[0])
+
+  @jit
+  def multiply(g):
+    vector = layout.select(g)
+    found = estimator.decompose(layout, vector, memory)
+    filtered = _base.filtered(lambda variance, _: variance, layout, vector, found)
+    return layout.replace(g, filtered)
+
   for i, j in [(0, 0), (5, 7), (0, 7), (3, 4)]:
     direction = np.outer(u[:, i], v[:, j])
     found = np.vdot(direction, multiply(jnp.float32(direction)))
