@@ -110,7 +110,8 @@ def _is_number(value: Any) -> bool:
 def is_state(name: str, kind: type, state: Any) -> None:
   """Raises unless `state` is what this transformation's `init` gives."""
   if not isinstance(state, kind):
+    article = 'an' if name[0] in 'AEIO' else 'a'
     raise TypeError(
-      f'state must be a {name}, got {type(state).__name__}; use the state that init of'
-      ' the same transformation returned.'
+      f'state must be {article} {name}, got {type(state).__name__}; use the state that'
+      ' init of the same transformation returned.'
     )
