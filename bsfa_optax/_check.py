@@ -69,7 +69,10 @@ def positive_scalar(name: str, value: Any) -> None:
   multiplier(name, value)
   number = concrete(value)
   if number is not None and not number > 0:
-    raise ValueError(f'{name} must be positive, got {value!r}.')
+    raise ValueError(
+      f'{name} must be positive, got {value!r}; pass a number above 0 or a schedule'
+      ' that returns such numbers.'
+    )
 
 
 def boolean(name: str, value: Any) -> None:
