@@ -114,7 +114,7 @@ def replicate(x: jax.Array) -> jax.Array:
 
 def contract(a: jax.Array, b: jax.Array, batch_axes: tuple[int, ...]) -> jax.Array:
   """Inner products of rows: `(r, *shape), (q, *shape) -> (*batch, r, q)`."""
-  dtype = accumulator(np.promote_types(a.dtype, b.dtype))
+  dtype = np.promote_types(accumulator(a.dtype), accumulator(b.dtype))
   batch = tuple(1 + axis for axis in batch_axes)
   inner = tuple(i for i in range(1, a.ndim) if i not in batch)
   spec = spec_of(a)
