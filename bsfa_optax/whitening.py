@@ -148,9 +148,9 @@ def scale_by_whitening(
 
   def init(layout, params):
     del params
-    return tuple(
-      tuple(_unlearnt(part, side) for side in _sides(part, block_size))
-      for part in layout.parts
+    return _learned.for_each_part(
+      layout,
+      lambda part: tuple(_unlearnt(part, side) for side in _sides(part, block_size)),
     )
 
   def learn(layout, vector, memory, count, params, **extra_args):
