@@ -109,6 +109,14 @@ def replicate(x: jax.Array) -> jax.Array:
   return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
+def whole(x: jax.Array, axis: int) -> jax.Array:
+  """`x` with one axis unsharded on an explicit mesh."""
+  spec = [None if i == axis else entry for i, entry in enumerate(spec_of(x))]
+  if spec == [*spec_of(x)] or (sharding := sharding_of(x, spec)) is None:
+    return x
+  return jax.sharding.reshard(x, sharding)
+
+
 # On single arrays.
 
 
