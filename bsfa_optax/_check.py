@@ -69,7 +69,10 @@ def positive_scalar(name: str, value: Any) -> None:
   multiplier(name, value)
   number = concrete(value)
   if number is not None and not number > 0:
-    raise ValueError(f'{name} must be positive, got {value!r}.')
+    raise ValueError(
+      f'{name} must be positive, got {value!r}; pass a number above 0 or a schedule'
+      ' that returns such numbers.'
+    )
 
 
 def boolean(name: str, value: Any) -> None:
@@ -110,7 +113,8 @@ def _is_number(value: Any) -> bool:
 def is_state(name: str, kind: type, state: Any) -> None:
   """Raises unless `state` is what this transformation's `init` gives."""
   if not isinstance(state, kind):
+    article = 'an' if name[0] in 'AEIO' else 'a'
     raise TypeError(
-      f'state must be a {name}, got {type(state).__name__}; use the state that init of'
-      ' the same transformation returned.'
+      f'state must be {article} {name}, got {type(state).__name__}; use the state that'
+      ' init of the same transformation returned.'
     )

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from bsfa_optax import _check, _leaves, _vectors
-from bsfa_optax._leaves import Layout, Vector
+from bsfa_optax._leaves import Layout, Part, Vector
 
 Interval = int | Callable[[jax.Array], jax.Array]
 
@@ -120,6 +120,17 @@ def learned(family: Family) -> optax.GradientTransformationExtraArgs:
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def for_each_part(layout: Layout, make: Callable[[Part], Any]) -> Any:
+  """A memory with an entry for each part.
+
+  Without parts it is a single leaf: `optax.tree.map_params` compares a state with that
+  of a placeholder for parameters, where a leaf stands for a tree of any structure.
+  """
+  if not layout.parts:
+    return jnp.zeros((), jnp.int32)
+  return tuple(map(make, layout.parts))
 
 
 def _keep(vector: Any, memory: Any, count: Any, params: Any) -> Any:

@@ -206,7 +206,10 @@ class Layout:
 
 def stack(values: Sequence[jax.Array]) -> jax.Array:
   """Leaves alike behind a new first axis, sharded as the first of them."""
-  dtype = functools.reduce(np.promote_types, [x.dtype for x in values])
+  dtypes = {x.dtype for x in values}
+  if len(dtypes) > 1:  # NumPy has none for both halves
+    dtypes = {np.promote_types(x, np.float32) for x in dtypes}
+  dtype = functools.reduce(np.promote_types, dtypes)
   return jnp.stack([like(x.astype(dtype), values[0]) for x in values])
 
 

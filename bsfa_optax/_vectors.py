@@ -109,12 +109,20 @@ def replicate(x: jax.Array) -> jax.Array:
   return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
+def whole(x: jax.Array, axis: int) -> jax.Array:
+  """`x` with one axis unsharded on an explicit mesh."""
+  spec = [None if i == axis else entry for i, entry in enumerate(spec_of(x))]
+  if spec == [*spec_of(x)] or (sharding := sharding_of(x, spec)) is None:
+    return x
+  return jax.sharding.reshard(x, sharding)
+
+
 # On single arrays.
 
 
 def contract(a: jax.Array, b: jax.Array, batch_axes: tuple[int, ...]) -> jax.Array:
   """Inner products of rows: `(r, *shape), (q, *shape) -> (*batch, r, q)`."""
-  dtype = accumulator(np.promote_types(a.dtype, b.dtype))
+  dtype = np.promote_types(accumulator(a.dtype), accumulator(b.dtype))
   batch = tuple(1 + axis for axis in batch_axes)
   inner = tuple(i for i in range(1, a.ndim) if i not in batch)
   spec = spec_of(a)

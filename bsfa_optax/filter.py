@@ -290,6 +290,7 @@ def accelerate(
     return AccelerateState(base.init(params), source.init(params), last.init(params))
 
   def update(updates, state, params=None, **extra):
+    _check.is_state('AccelerateState', AccelerateState, state)
     seen, source_state = source.update(updates, state.history_state, params, **extra)
     updates, base_state = base.update(updates, state.base_state, params, **extra)
     updates, filter_state = last.update(
@@ -388,6 +389,7 @@ def interpolated(
     )
 
   def update(updates, state, params=None, **extra_args):
+    _check.is_state('InterpolatedState', InterpolatedState, state)
     inner: Any
     filtered, inner = filter_.update(updates, state.filter_state, params, **extra_args)
     fraction = inner.measured['dominant_fraction']

@@ -148,9 +148,9 @@ def scale_by_whitening(
 
   def init(layout, params):
     del params
-    return tuple(
-      tuple(_unlearnt(part, side) for side in _sides(part, block_size))
-      for part in layout.parts
+    return _learned.for_each_part(
+      layout,
+      lambda part: tuple(_unlearnt(part, side) for side in _sides(part, block_size)),
     )
 
   def learn(layout, vector, memory, count, params, **extra_args):
@@ -313,6 +313,8 @@ def _trace(x: jax.Array) -> jax.Array:
 
 def _in_blocks(x: jax.Array, side: Side) -> jax.Array:
   """Cuts the side's axis in two: blocks, and entries within one."""
+  if side.blocks > 1:  # an explicit mesh reshapes no axis that is split over it
+    x = _vectors.whole(x, side.axis)
   missing = side.blocks * side.size - side.length
   if missing:
     x = jnp.pad(x, [(0, missing * (a == side.axis)) for a in range(x.ndim)])
@@ -343,7 +345,7 @@ def _moment(x: jax.Array, side: Side, part: Part) -> jax.Array:
 
 def _multiplied(x: jax.Array, root: jax.Array, side: Side, part: Part) -> jax.Array:
   """The product of each block of a side with its root, in the shape of `x`."""
-  x = _in_blocks(x, side)
+  given, x = x, _in_blocks(x, side)
   letters, batch, block, entry = _letters(x, side, part)
   x = jnp.einsum(
     f'{letters},{batch}{block}{entry}z->{letters.replace(entry, "z")}',
@@ -352,7 +354,8 @@ def _multiplied(x: jax.Array, root: jax.Array, side: Side, part: Part) -> jax.Ar
     out_sharding=_vectors.sharding_of(x, _vectors.spec_of(x)),
   )
   merged = (*x.shape[: side.axis], -1, *x.shape[side.axis + 2 :])
-  return jax.lax.slice_in_dim(x.reshape(merged), 0, side.length, axis=side.axis)
+  x = jax.lax.slice_in_dim(x.reshape(merged), 0, side.length, axis=side.axis)
+  return _leaves.like(x, given)
 
 
 # Two symmetric matrices in one array.

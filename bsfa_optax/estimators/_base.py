@@ -134,7 +134,8 @@ def filtered(
     found.spread(base),
     strict=True,
   ):
-    excess = jnp.where(ready, f(variance, dominant) - b.astype(variance.dtype), 0)
+    multiplier = f(variance, dominant)
+    excess = jnp.where(ready, multiplier - b.astype(multiplier.dtype), 0)
     changes.append(excess.astype(c.dtype) * c)
   wide = [v.astype(_vectors.accumulator(v.dtype)) for v in vector]
   scaled = _vectors.scale(layout, wide, base)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from bsfa_optax import _check, _leaves, _linalg, _vectors
-from bsfa_optax._learned import growing, Interval, is_due
+from bsfa_optax._learned import for_each_part, growing, Interval, is_due
 from bsfa_optax._leaves import Part
 from bsfa_optax.estimators._base import Estimator, from_axes
 
@@ -148,7 +148,10 @@ def kronecker(
   def init(layout, params):
     del params
 
-    def factors(part, axes_of_part):
+    axes_of_parts = dict(zip(layout.parts, factored(layout), strict=True))
+
+    def factors(part):
+      axes_of_part = axes_of_parts[part]
       sizes = [part.shape[axis] for axis in axes_of_part]
       batch = part.batch_shape
       return KroneckerFactors(
@@ -156,7 +159,7 @@ def kronecker(
         tuple(jnp.zeros((*batch, n), jnp.float32) for n in sizes),
       )
 
-    return tuple(map(factors, layout.parts, factored(layout)))
+    return for_each_part(layout, factors)
 
   def learn(layout, vector, memory, count, params, **extra_args):
     del params, extra_args
