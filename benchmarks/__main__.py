@@ -11,7 +11,7 @@ import sys
 
 from tqdm import tqdm
 
-from benchmarks import literature, report, runs, search
+from benchmarks import cost, literature, report, runs, search
 from benchmarks.command_line import make_parser
 from benchmarks.contenders import CONTENDERS, UnknownPackage, VARIANTS
 from benchmarks.progress import Progress
@@ -21,7 +21,11 @@ from benchmarks.tasks import MissingData, TASKS
 
 
 def collections() -> list[str]:
-  return [*TASKS, *map(literature.collection, literature.REPRODUCTIONS)]
+  return [
+    *TASKS,
+    cost.COLLECTION,
+    *map(literature.collection, literature.REPRODUCTIONS),
+  ]
 
 
 def make_store(args: argparse.Namespace) -> Store:
@@ -154,6 +158,11 @@ def time(args: argparse.Namespace, store: Store) -> None:
     tqdm.write(f'{task}: {", ".join(medians)}')
 
 
+def measure_cost(args: argparse.Namespace, store: Store) -> None:
+  for line in cost.measure(store, 60 * args.minutes):
+    print(line, flush=True)
+
+
 def reproduce(args: argparse.Namespace, store: Store) -> None:
   for name in args.name:
     print(f'reproduce {name}: {literature.describe(name, store)}', flush=True)
@@ -183,6 +192,7 @@ def write_report(args: argparse.Namespace, store: Store) -> None:
     )
   report.write(store, args.docs)
   literature.write(store, args.docs)
+  cost.write(store, args.docs)
 
 
 def check_results(option: str, folder: Path, found: bool) -> None:
@@ -200,6 +210,7 @@ ACTIONS = {
   'seeds': seeds,
   'sensitivity': sensitivity,
   'time': time,
+  'cost': measure_cost,
   'reproduce': reproduce,
   'collect': collect,
   'report': write_report,

@@ -225,6 +225,18 @@ def add_others(commands: Commands) -> None:
     metavar='N',
     help='how many (as many as make the rounds a whole run)',
   )
+  costing = commands.add(
+    'cost',
+    'count operations, bytes and compile time on large shapes, and time updates',
+    '--minutes 9',
+  )
+  costing.add_argument(
+    '--minutes',
+    type=positive,
+    default=9,
+    metavar='N',
+    help='begin nothing after so many; the next call goes on (9)',
+  )
   reproducing = commands.add(
     'reproduce',
     'measure the findings of docs/literature.md and draw their figures',
