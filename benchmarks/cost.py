@@ -1,13 +1,14 @@
 """What an optimizer's step costs: operations, memory, compile time, time of an update.
 
 Operations are counted in the traced program: two for each multiplication of a product
-of matrices, nine n^3 for an eigendecomposition. Where a program has branches, the dearest
-is that of a refresh and the cheapest that without one.
+of matrices, nine n^3 for an eigendecomposition. Where a program has branches, the
+dearest is that of a refresh and the cheapest that without one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+import functools
 import math
 from pathlib import Path
 import statistics
@@ -186,7 +187,7 @@ def _work(width: int) -> dict[str, Callable[[], Any]]:
     return y @ w.T, x.T @ y
 
   work: dict[str, Callable[[], Any]] = {
-    'training step': lambda f=jax.jit(products): f(tokens, matrix)
+    'training step': functools.partial(jax.jit(products), tokens, matrix)
   }
   for name, make in OPTIMIZERS.items():
     kinds = {name: make}
@@ -214,11 +215,11 @@ def measure(store: Store, limit: float) -> Iterator[str]:
   """Measures what has no result, until `limit` seconds have passed; says what."""
   begin = time.perf_counter()
   jobs: dict[str, Callable[[], dict[str, Any]]] = {
-    f'width-{width:04}': lambda w=width: of_width(w) for width in WIDTHS
+    f'width-{width:04}': functools.partial(of_width, width) for width in WIDTHS
   }
   jobs |= {
-    f'{model}-{optimizer}'.replace(' ', '-'): lambda m=model, o=optimizer: of_model(
-      m, o
+    f'{model}-{optimizer}'.replace(' ', '-'): functools.partial(
+      of_model, model, optimizer
     )
     for model in SHAPES
     for optimizer in OPTIMIZERS
@@ -276,17 +277,17 @@ def write(store: Store, docs: Path) -> None:
     'Cost',
     f'Operations of an update over those of a training step of {TOKENS:,} tokens, one'
     f' refresh in {INTERVAL} updates; bytes of state and peak temporary bytes of the'
-    ' compiled update (on CPU), for each parameter; CPU seconds to trace and compile it.'
+    ' compiled update (on CPU), for each parameter; CPU seconds to trace and compile.'
     ' Of the 7B model `kronecker` factors no axis, as all are longer than its limit.',
     of_models,
     'Milliseconds of an update of one square matrix, medians, measured in turns on'
     f' {widths[0]["machine"]["device_kind"]}, and of the products of a training step'
     ' with it (2,048 tokens, forward and backward).',
     of_widths,
-    '![Time of an update over that of the training step, by width](../figures/cost.svg)',
+    '![Time of an update over the training step](../figures/cost.png)',
   )
   report.write_pages(docs, {'cost': text})
-  plot(widths, docs / 'figures' / 'cost.svg')
+  plot(widths, docs / 'figures' / 'cost.png')
 
 
 def plot(widths: list[dict[str, Any]], path: Path) -> None:
