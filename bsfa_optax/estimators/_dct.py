@@ -146,8 +146,8 @@ def _transformed_axis(part: Part, rank: int) -> tuple[int, ...]:
   if size(best) > MAX_SIZE:
     raise ValueError(
       f'axes must have at most {MAX_SIZE} entries for dct, got axis'
-      f' {best - part.stacked} of a leaf of shape {part.leaves[0].shape}; name a shorter'
-      ' one, or () to leave it alone.'
+      f' {best - part.stacked} of a leaf of shape {part.leaves[0].shape}; name a'
+      ' shorter one, or () to leave it alone.'
     )
   return (best,)
 
