@@ -53,10 +53,10 @@ def hessian_top_k(
   """The greatest eigenvalues and eigenvectors of the Hessian, by Lanczos iteration.
 
   The Hessian of a block is that of the loss as a function of the block alone. For that
-  of all parameters make them one block: ``estimators.layout(params, labels='all')``.
-  Every iteration takes a Hessian-vector product for each block. An eigenvalue that is
-  there several times, as in the output layer under a squared error, may be found fewer
-  times, with small residuals all the same.
+  of all parameters make them one block, ``estimators.layout(params, labels='all')``.
+  Every iteration takes a Hessian-vector product for each block, and so does every
+  residual. An eigenvalue that is there several times, as in the output layer under a
+  squared error, may be found fewer times, with small residuals all the same.
 
   Args:
     value_fn: the loss, a function of the parameters alone.

@@ -25,8 +25,8 @@ def plot_overlap(
   Args:
     steps: the steps, ``(steps,)``.
     overlaps: what `subspace_overlap` gave at each, ``(steps, blocks)``.
-    names: names of the blocks, as of `bsfa_optax.block_names`. More than ten are drawn
-      alike, with their median.
+    names: names of the blocks, as of `bsfa_optax.state.block_names`. More than ten are
+      drawn alike, with their median.
     ax: Matplotlib axes to draw on; new ones by default.
 
   Returns:

@@ -14,7 +14,8 @@ import optax
 
 from bsfa_optax import _check, _curvature, _lanczos, _leaves, _vectors
 from bsfa_optax._learned import is_due
-from bsfa_optax.estimators._base import Estimator, from_rows
+from bsfa_optax._leaves import Layout, Vector
+from bsfa_optax.estimators._base import Decomposition, Estimator, from_rows
 
 
 class HessianState(NamedTuple):
@@ -149,6 +150,7 @@ def hessian_lanczos(
       f"curvature must be 'hessian' or 'gauss_newton', got {curvature!r}."
     )
   names = ('value_fn',) if curvature == 'hessian' else ('output_fn', 'loss_fn')
+  matrix = getattr(_curvature, curvature)
 
   def layout_of(params):
     return _leaves.layout(params, leaves=leaves, labels=labels, batch_axes=batch_axes)
@@ -163,56 +165,67 @@ def hessian_lanczos(
       is_known=jnp.zeros((), bool),
     )
 
-  def refresh(layout, memory, count, params, functions):
-    product = getattr(_curvature, curvature)(layout, params, *functions)
-    values = layout.select(params)
-    old, structure = jax.tree.flatten(memory.basis)
-    warm_start = [
-      x.astype(_vectors.accumulator(p.dtype)) for x, p in zip(old, values, strict=True)
-    ]
-    found, basis = _lanczos.top_eigenpairs(
-      layout,
-      product,
-      warm_start,
-      iterations,
-      jax.random.fold_in(jax.random.key(0), count),
-      tolerance=max(float(jnp.finfo(x.dtype).eps) for x in values),
-    )
-    finite = jnp.isfinite(found).all(1)
-    found = jnp.where(finite[:, None], jnp.maximum(found, 0), memory.curvature)
-    kept = [
-      jnp.where(_vectors.expand(ok, p, part.batch_axes)[None], new.astype(x.dtype), x)
-      for ok, p, part, new, x in zip(
-        layout.scatter(finite), values, layout.parts, basis, old, strict=True
-      )
-    ]
-    return HessianState(
-      basis=jax.tree.unflatten(structure, kept),
-      curvature=found.astype(memory.curvature.dtype),
-      is_known=jnp.ones((), bool),
-    )
-
   def learn(layout, vector, memory, count, params, **extra_args):
     del vector
     functions = _functions(names, params, extra_args)
     return jax.lax.cond(
       is_due(count - 1, refresh_every),  # the first update is one
-      lambda memory, params: refresh(layout, memory, count, params, functions),
+      lambda memory, params: _refresh(
+        layout, memory, count, params, matrix(layout, params, *functions), iterations
+      ),
       lambda memory, params: memory,
       memory,
       params,
     )
 
-  def decompose(layout, vector, memory):
-    relative = relative_curvature(memory.curvature)
-    basis = jax.tree.leaves(memory.basis)
-    none = jnp.zeros_like(relative[:, 0])
-    return from_rows(layout, vector, basis, relative, none, memory.is_known)
-
-  return Estimator(layout_of, init, learn, decompose)
+  return Estimator(layout_of, init, learn, _decompose)
 
 
-def relative_curvature(curvature: jax.Array) -> jax.Array:
+def _refresh(
+  layout: Layout,
+  memory: HessianState,
+  count: jax.Array,
+  params: optax.Params,
+  product: _lanczos.Matvec,
+  iterations: int,
+) -> HessianState:
+  """The memory with new eigenvectors, in blocks where the products are finite."""
+  values = layout.select(params)
+  old, structure = jax.tree.flatten(memory.basis)
+  warm_start = [
+    x.astype(_vectors.accumulator(p.dtype)) for x, p in zip(old, values, strict=True)
+  ]
+  found, basis = _lanczos.top_eigenpairs(
+    layout,
+    product,
+    warm_start,
+    iterations,
+    jax.random.fold_in(jax.random.key(0), count),
+    tolerance=max(float(jnp.finfo(x.dtype).eps) for x in values),
+  )
+  finite = jnp.isfinite(found).all(1)
+  found = jnp.where(finite[:, None], jnp.maximum(found, 0), memory.curvature)
+  kept = [
+    jnp.where(_vectors.expand(ok, p, part.batch_axes)[None], new.astype(x.dtype), x)
+    for ok, p, part, new, x in zip(
+      layout.scatter(finite), values, layout.parts, basis, old, strict=True
+    )
+  ]
+  return HessianState(
+    basis=jax.tree.unflatten(structure, kept),
+    curvature=found.astype(memory.curvature.dtype),
+    is_known=jnp.ones((), bool),
+  )
+
+
+def _decompose(layout: Layout, vector: Vector, memory: HessianState) -> Decomposition:
+  relative = _relative(memory.curvature)
+  basis = jax.tree.leaves(memory.basis)
+  none = jnp.zeros_like(relative[:, 0])
+  return from_rows(layout, vector, basis, relative, none, memory.is_known)
+
+
+def _relative(curvature: jax.Array) -> jax.Array:
   """Eigenvalues over the least one that is kept, (blocks, rank); 0 for absent ones."""
   kept = curvature > 0
   least = jnp.where(kept, curvature, jnp.inf).min(1, keepdims=True)

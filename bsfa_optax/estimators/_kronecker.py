@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from bsfa_optax import _check, _leaves, _linalg, _vectors
 from bsfa_optax._learned import for_each_part, growing, Interval, is_due
-from bsfa_optax._leaves import Part
-from bsfa_optax.estimators._base import Estimator, from_axes
+from bsfa_optax._leaves import Layout, Part, Vector
+from bsfa_optax.estimators._base import Decomposition, Estimator, from_axes
 
 
 class KroneckerFactors(NamedTuple):
@@ -165,56 +165,14 @@ def kronecker(
     del params, extra_args
     return jax.lax.cond(
       is_due(count, interval),
-      lambda vector, memory: refresh(layout, vector, memory),
+      lambda vector, memory: _refresh(layout, vector, memory, factored(layout), decay),
       lambda vector, memory: memory,
       vector,
       memory,
     )
 
-  def refresh(layout, vector, memory):
-    moments = []
-    for part, v, old, axes_of_part in zip(
-      layout.parts, vector, memory, factored(layout), strict=True
-    ):
-      rotated = _vectors.rotate(v, old.basis, axes_of_part, part.batch_axes)
-      moments.append(
-        [_vectors.second_moment(rotated, a, part.batch_axes) for a in axes_of_part]
-      )
-    sums = []
-    for old, news in zip(memory, layout.sum_over_shards(moments), strict=True):
-      sums += [
-        _decayed(decay, spectrum, moment)
-        for spectrum, moment in zip(old.spectrum, news, strict=True)
-      ]
-    turned = iter(_eigh_by_size(sums))
-    out = []
-    for old in memory:
-      pairs = [next(turned) for _ in old.basis]
-      bases = [_turned(b, turn) for b, (_, turn) in zip(old.basis, pairs, strict=True)]
-      out.append(KroneckerFactors(tuple(bases), tuple(values for values, _ in pairs)))
-    return tuple(out)
-
   def decompose(layout, vector, memory):
-    axes_of_parts = factored(layout)
-    variances, dominant, ready = [], [], []
-    for part, factors, axes_of_part in zip(
-      layout.parts, memory, axes_of_parts, strict=True
-    ):
-      variance = relative_variance(factors, part, axes_of_part)
-      variances.append(variance)
-      dominant.append(variance > 1)
-      # A leaf without a factored axis has no directions: it is left alone.
-      known = bool(axes_of_part) & (variance > 0).any(part.inner_axes)
-      ready.append(jnp.broadcast_to(known, part.batch_shape))
-    return from_axes(
-      layout,
-      vector,
-      [factors.basis for factors in memory],
-      axes_of_parts,
-      variances,
-      dominant,
-      ready,
-    )
+    return _decompose(layout, vector, memory, factored(layout))
 
   return Estimator(layout_of, init, learn, decompose)
 
@@ -232,7 +190,52 @@ def _factored_axes(
   return tuple(sorted(fit[-2:]))
 
 
-def relative_variance(
+def _refresh(
+  layout: Layout,
+  vector: Vector,
+  memory: tuple[KroneckerFactors, ...],
+  axes: list[tuple[int, ...]],
+  decay: float,
+) -> tuple[KroneckerFactors, ...]:
+  """The memory with one more update in it; `axes` are the factored ones by part."""
+  moments = []
+  for part, v, old, own in zip(layout.parts, vector, memory, axes, strict=True):
+    rotated = _vectors.rotate(v, old.basis, own, part.batch_axes)
+    moments.append([_vectors.second_moment(rotated, a, part.batch_axes) for a in own])
+  sums = []
+  for old, news in zip(memory, layout.sum_over_shards(moments), strict=True):
+    sums += [
+      _decayed(decay, spectrum, moment)
+      for spectrum, moment in zip(old.spectrum, news, strict=True)
+    ]
+  turned = iter(_eigh_by_size(sums))
+  out = []
+  for old in memory:
+    pairs = [next(turned) for _ in old.basis]
+    bases = [_turned(b, turn) for b, (_, turn) in zip(old.basis, pairs, strict=True)]
+    out.append(KroneckerFactors(tuple(bases), tuple(values for values, _ in pairs)))
+  return tuple(out)
+
+
+def _decompose(
+  layout: Layout,
+  vector: Vector,
+  memory: tuple[KroneckerFactors, ...],
+  axes: list[tuple[int, ...]],
+) -> Decomposition:
+  variances, dominant, ready = [], [], []
+  for part, factors, own in zip(layout.parts, memory, axes, strict=True):
+    variance = _relative_variance(factors, part, own)
+    variances.append(variance)
+    dominant.append(variance > 1)
+    # A leaf without a factored axis has no directions: it is left alone.
+    known = bool(own) & (variance > 0).any(part.inner_axes)
+    ready.append(jnp.broadcast_to(known, part.batch_shape))
+  bases = [factors.basis for factors in memory]
+  return from_axes(layout, vector, bases, axes, variances, dominant, ready)
+
+
+def _relative_variance(
   factors: KroneckerFactors, part: Part, axes: tuple[int, ...]
 ) -> jax.Array:
   """Variance of each coefficient over the mean one, to broadcast to the part."""

@@ -13,7 +13,8 @@ import numpy as np
 
 from bsfa_optax import _check, _leaves, _svd, _vectors
 from bsfa_optax._learned import is_due
-from bsfa_optax.estimators._base import Estimator, from_rows
+from bsfa_optax._leaves import Layout, Vector
+from bsfa_optax.estimators._base import Decomposition, Estimator, from_rows
 
 
 class PCAState(NamedTuple):
@@ -146,22 +147,6 @@ def pca(
       is_complete=jnp.zeros((), bool),
     )
 
-  def refresh(layout, memory, count):
-    a = _rows_of(layout, memory, decay)
-    if solver == 'gram':
-      variance, basis = _svd.gram_svd(a, rank)
-    else:
-      key = jax.random.fold_in(jax.random.key(0), count)
-      variance, basis = _svd.randomized_svd(a, rank, jax.tree.leaves(memory.basis), key)
-    # Directions dropped earlier still count in the total.
-    total = decay**history * memory.total_variance + _variance(layout, memory, decay)
-    return memory._replace(
-      basis=_like(memory.basis, basis),
-      variance=variance,
-      total_variance=jnp.maximum(total, variance.sum(1)),
-      is_complete=count >= first_refresh - 1,  # count + 1 may overflow
-    )
-
   def learn(layout, vector, memory, count, params, **extra_args):
     del params, extra_args
     index = count % history
@@ -175,21 +160,14 @@ def pca(
       due &= count >= first_refresh - 1
     return jax.lax.cond(
       due,
-      lambda memory: refresh(layout, memory, count),
+      lambda memory: _refresh(
+        layout, memory, count, decay=decay, solver=solver, first=first_refresh
+      ),
       lambda memory: memory,
       memory,
     )
 
-  def decompose(layout, vector, memory):
-    total, variance = memory.total_variance, memory.variance
-    ready = (total > 0) & memory.is_complete
-    mean = jnp.where(ready, total, 1) / jnp.array(layout.sizes, total.dtype)
-    others = jnp.array([max(n - rank, 1) for n in layout.sizes], total.dtype)
-    rest = (total - variance.sum(1)) / others / mean  # per direction, relative
-    basis = jax.tree.leaves(memory.basis)
-    return from_rows(layout, vector, basis, variance / mean[:, None], rest, ready)
-
-  return Estimator(layout_of, init, learn, decompose)
+  return Estimator(layout_of, init, learn, _decompose)
 
 
 def _check_window(rank: int, history: int, decay: float, refresh_every: int) -> None:
@@ -206,6 +184,44 @@ def _check_window(rank: int, history: int, decay: float, refresh_every: int) -> 
     )
 
 
+def _refresh(
+  layout: Layout,
+  memory: PCAState,
+  count: jax.Array,
+  *,
+  decay: float,
+  solver: str,
+  first: int,
+) -> PCAState:
+  """The memory with new directions; it is complete from the update `first` on."""
+  a, rank = _rows_of(layout, memory, decay), memory.variance.shape[1]
+  history = jax.tree.leaves(memory.history)[0].shape[0]
+  if solver == 'gram':
+    variance, basis = _svd.gram_svd(a, rank)
+  else:
+    key = jax.random.fold_in(jax.random.key(0), count)
+    variance, basis = _svd.randomized_svd(a, rank, jax.tree.leaves(memory.basis), key)
+  # Directions dropped earlier still count in the total.
+  total = decay**history * memory.total_variance + _variance(layout, memory, decay)
+  return memory._replace(
+    basis=_like(memory.basis, basis),
+    variance=variance,
+    total_variance=jnp.maximum(total, variance.sum(1)),
+    is_complete=count >= first - 1,  # count + 1 may overflow
+  )
+
+
+def _decompose(layout: Layout, vector: Vector, memory: PCAState) -> Decomposition:
+  total, variance = memory.total_variance, memory.variance
+  rank = variance.shape[1]
+  ready = (total > 0) & memory.is_complete
+  mean = jnp.where(ready, total, 1) / jnp.array(layout.sizes, total.dtype)
+  others = jnp.array([max(n - rank, 1) for n in layout.sizes], total.dtype)
+  rest = (total - variance.sum(1)) / others / mean  # per direction, relative
+  basis = jax.tree.leaves(memory.basis)
+  return from_rows(layout, vector, basis, variance / mean[:, None], rest, ready)
+
+
 def _weights(memory: PCAState, decay: float) -> jax.Array:
   """Of the buffer's rows; in a full one row i has the age history - 1 - i."""
   history = jax.tree.leaves(memory.history)[0].shape[0]
@@ -213,7 +229,7 @@ def _weights(memory: PCAState, decay: float) -> jax.Array:
   return jnp.array(weights, memory.variance.dtype)
 
 
-def _rows_of(layout: _leaves.Layout, memory: PCAState, decay: float) -> _svd.Rows:
+def _rows_of(layout: Layout, memory: PCAState, decay: float) -> _svd.Rows:
   """The matrix A of the docstring."""
   dtype, (count, rank) = memory.variance.dtype, memory.variance.shape
   mix = jnp.diag(jnp.sqrt(_weights(memory, decay)))
@@ -234,13 +250,13 @@ def _rows_of(layout: _leaves.Layout, memory: PCAState, decay: float) -> _svd.Row
   return _svd.Rows(layout, (jax.tree.leaves(memory.basis), samples), mix)
 
 
-def _variance(layout: _leaves.Layout, memory: PCAState, decay: float) -> jax.Array:
+def _variance(layout: Layout, memory: PCAState, decay: float) -> jax.Array:
   """Sum of squares of the buffer, (blocks,)."""
   norms = _vectors.stack_norms(layout, jax.tree.leaves(memory.history))
   return (norms.astype(memory.variance.dtype) * _weights(memory, decay)[None]).sum(1)
 
 
-def _like(tree: Any, vector: _leaves.Vector) -> Any:
+def _like(tree: Any, vector: Vector) -> Any:
   """A vector in the structure and dtypes of the stacks in `tree`."""
   old, structure = jax.tree.flatten(tree)
   return jax.tree.unflatten(
