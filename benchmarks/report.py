@@ -232,17 +232,22 @@ def headline_table(studies: list[Study]) -> str:
   """Muon and BSFA on the tasks where AdamW has other lengths."""
   head = ['task', "Muon, to AdamW's loss", "**BSFA, to AdamW's loss**"]
   head += ['Muon, whole run', '**BSFA, whole run**', "in Muon's steps", 'in time']
-  rows = []
+  rows, absent = [], defaultdict(list)
+  bold = lambda cell: cell if cell == '-' else f'**{cell}**'
   for of in studies:
-    rate = of.best_rate('bsfa')
-    if not speed_ups(of, 'bsfa', rate):
+    rates = {name: of.best_rate(name) for name in ('muon', 'bsfa')}
+    if not any(speed_ups(of, name, rate) for name, rate in rates.items()):
       continue
-    steps, over_muon, time = gains(of, 'bsfa', rate)
-    of_muon = factor(speed_ups(of, 'muon', of.best_rate('muon')))
-    muon, bsfa = (factor(speed_ups_to_target(of, name)) for name in ('muon', 'bsfa'))
-    of_both = [muon, f'**{bsfa}**', of_muon, f'**{steps}**']
+    steps, over_muon, time = gains(of, 'bsfa', rates['bsfa'])
+    of_muon, _, _ = gains(of, 'muon', rates['muon'])
+    muon, bsfa = (factor(speed_ups_to_target(of, name)) for name in rates)
+    of_both = [muon, bold(bsfa), of_muon, bold(steps)]
     rows.append([f'`{of.name}`', *of_both, over_muon, time])
-  return markdown(head, rows)
+    for name, rate in rates.items():
+      if rate is None:
+        absent[name].append(f'`{of.name}`')
+  lacks = [f'No run of `{n}` yet on {", ".join(found)}.' for n, found in absent.items()]
+  return '\n\n'.join([markdown(head, rows), *lacks])
 
 
 def lengths_table(of: Study) -> str:
@@ -382,7 +387,7 @@ def plot_sensitivity(of: Study, path: Path) -> None:
   """
   rate = of.best_rate('bsfa')
   default = of.runs['bsfa'][rate][0]
-  settings = default['settings']['filter'] | default['settings']['estimator']
+  settings = default['settings']['filter']
   curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
   for name, variant in VARIANTS.items():
     loss = of.scores(name, rate).get(0, math.inf)
@@ -465,7 +470,9 @@ def missing(of: Study) -> list[str]:
 
 
 def has_variants(of: Study) -> bool:
-  return any(name in of.runs for name in VARIANTS) and of.best_rate('bsfa') is not None
+  rate = of.best_rate('bsfa')
+  tried = any(name in of.runs for name in VARIANTS)
+  return tried and rate is not None and 0 in of.runs['bsfa'][rate]
 
 
 def task_page(of: Study) -> str:

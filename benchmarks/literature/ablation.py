@@ -13,7 +13,13 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks.literature import common
 from benchmarks.literature.speedup import rise, WARMUP
-from benchmarks.literature.subspaces import Estimator, filtered, kronecker, pca
+from benchmarks.literature.subspaces import (
+  Estimator,
+  filtered,
+  kronecker,
+  matrices,
+  pca,
+)
 from benchmarks.store import Result, Results, Store
 from benchmarks.training import Make
 
@@ -43,14 +49,14 @@ class Study(NamedTuple):
 STUDIES = {
   'kronecker': Study(
     'Kronecker',
-    lambda: kronecker(refresh_every=20),
+    lambda: kronecker(refresh_every=20, leaves=matrices),
     (0.0, 0.25, 1.0, 2.0, 4.0, 8.0),
     8.0,
     (1.0, 2.0, 4.0, 8.0, 16.0),
   ),
   'pca': Study(
     'decayed PCA, k = 20',
-    lambda: pca(20, 8, decay=0.97),
+    lambda: pca(20, 8, decay=0.97, leaves=matrices),
     (0.0, 0.5, 1.0, 2.0, 4.0),
     4.0,
     (1.0, 2.0, 4.0, 8.0),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.literature import common
-from benchmarks.literature.subspaces import ALL, chi, filtered, hessian_lanczos
+from benchmarks.literature.subspaces import chi, filtered, hessian_lanczos, WHOLE
 from benchmarks.store import Result, Store
 from benchmarks.training import Options
 
@@ -60,7 +60,7 @@ PLAN = Plan()
 def make_trainer(network: common.Network, plan: Plan) -> common.Trainer:
   """SGD, filtered from the step `switch` on."""
   estimator = hessian_lanczos(
-    RANK, iterations=RANK + 2, refresh_every=plan.refresh_every, blocks=ALL
+    RANK, iterations=RANK + 2, refresh_every=plan.refresh_every, **WHOLE
   )
 
   def make(hyper: Options) -> optax.GradientTransformation:

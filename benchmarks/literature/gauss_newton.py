@@ -21,17 +21,17 @@ from benchmarks import report, tasks
 from benchmarks.literature import overlap
 from benchmarks.literature.overlap import band, load, rounded, Setting
 from benchmarks.literature.subspaces import (
-  ALL,
   curvature_energy,
   curvature_watchers,
-  dominant_masks,
-  dominant_size,
+  dominant,
   Estimator,
   hessian_top_k,
+  layout,
   learner,
-  partition,
   projector,
   top_hessian,
+  unlearnt,
+  WHOLE,
 )
 from benchmarks.store import Store
 from benchmarks.tasks import Problem
@@ -49,7 +49,7 @@ def watchers(blocks: Any) -> dict[str, Estimator]:
   return curvature_watchers(GLOBAL_PCA, RANK)
 
 
-_mlp = {'blocks': ALL, 'rank': RANK, 'batches': 10, 'watchers': watchers}
+_mlp = {'blocks': WHOLE, 'rank': RANK, 'batches': 10, 'watchers': watchers}
 SETTINGS = {
   'mlp-sgd': overlap.SETTINGS['mlp-sgd']._replace(**_mlp),
   'mlp-adam': overlap.SETTINGS['mlp-adam']._replace(**_mlp),
@@ -72,8 +72,7 @@ class Meter:
   ):
     self.setting, self.model = setting, model
     self.train = overlap.chunks(problem, setting)
-    start = problem.init(0)
-    self.blocks = partition(start, setting.blocks)
+    self.blocks = layout(problem.init(0), **setting.blocks)
     self.batch = overlap.larger_batch(problem, setting.batches)
     self.watchers: dict[str, Estimator] = setting.watchers(setting.blocks)
     self.learners = {name: learner(e) for name, e in self.watchers.items()}
@@ -81,7 +80,7 @@ class Meter:
       problem.loss, RANK, setting.blocks, iterations=4 * RANK
     )
     self.mini_batch = lambda params, batch: (
-      refresh(lanczos.init(params), params, batch).basis
+      refresh(unlearnt(lanczos, params), params, batch).memory.basis
     )
     self.top = jax.jit(
       lambda params, batch: hessian_top_k(
@@ -115,15 +114,15 @@ class Meter:
   def _dimensions(self, estimator: Estimator) -> Callable:
     @jax.jit
     def measure(state, update):
-      masks = dominant_masks(estimator, state, update)
-      return dominant_size(estimator, masks, state, update).sum()
+      _, sizes = dominant(estimator, state.memory, update)
+      return sum(sizes.values())
 
     return measure
 
   def _projected(self, estimator: Estimator) -> Callable:
     @jax.jit
     def measure(params, batch, state, key):
-      project = projector(estimator, state)
+      project = projector(estimator, state.memory)
       return self._energy(params, batch, project, key)
 
     return measure
@@ -163,9 +162,9 @@ class Meter:
         history = chunk.history[source]
         last = jax.tree.map(lambda x: x[-1], history)
         for name, estimator in self.watchers.items():
-          state = self.learners[name](estimator.init(params), history)
+          state = self.learners[name](unlearnt(estimator, params), history)
           if name == GLOBAL_PCA:
-            energy = self.by_basis(params, batch, state.basis, key)
+            energy = self.by_basis(params, batch, state.memory.basis, key)
           else:
             energy = self.by_projector[name](params, batch, state, key)
           add(source, name, energy, int(self.dominant[name](state, last)))

@@ -25,19 +25,18 @@ from benchmarks import report, tasks
 from benchmarks.literature import common
 from benchmarks.literature.subspaces import (
   DECAYS,
-  dominant_masks,
-  dominant_size,
+  dominant,
   Estimator,
-  held_projector,
   hessian_top_k,
-  hidden,
+  HIDDEN,
   last_layer,
+  layout,
   learner,
   overlap_watchers,
-  partition,
   RANKS,
   subspace_overlap,
   top_hessian,
+  unlearnt,
   Watcher,
   WINDOWS,
 )
@@ -65,7 +64,7 @@ class Setting(NamedTuple):
       same space and whose metric is that of the parameters.
     steps: where to measure, multiples of `chunk`.
     batches: batches of the problem that the Hessian is taken over.
-    blocks: which leaves are blocks, see `bsfa_optax.pca`.
+    blocks: options of estimators and of a layout that say what a block is.
     rank: top eigenvectors of each block's Hessian.
     chunk: steps between two looks, a multiple of every window and refresh interval.
     watchers: blocks to the estimators that watch, by name.
@@ -77,7 +76,7 @@ class Setting(NamedTuple):
   b2: float | None
   steps: tuple[int, ...]
   batches: int
-  blocks: Any = None
+  blocks: dict[str, Any] = HIDDEN
   rank: int = 8
   chunk: int = 64
   watchers: Callable[[Any], dict[str, Any]] = overlap_watchers
@@ -110,10 +109,10 @@ def small_llama(folder: Path) -> Problem:
 mlp = tasks.TASKS['mlp-mnist5k'].build
 SETTINGS = {
   'mlp-sgd': Setting(
-    'MLP, SGD', mlp, optax.sgd(0.1), None, (64, 128, 256, 512, 1024), 20, hidden
+    'MLP, SGD', mlp, optax.sgd(0.1), None, (64, 128, 256, 512, 1024), 20
   ),
   'mlp-adam': Setting(
-    'MLP, Adam', mlp, optax.adam(1e-3), 0.999, (64, 128, 256, 512), 20, hidden
+    'MLP, Adam', mlp, optax.adam(1e-3), 0.999, (64, 128, 256, 512), 20
   ),
   'llama-adam': Setting(
     'LLaMA, Adam',
@@ -122,7 +121,7 @@ SETTINGS = {
     0.95,
     (64, 192, 448),
     4,
-    last_layer,
+    {'leaves': last_layer},
   ),
 }
 
@@ -207,7 +206,7 @@ class Meter:
   def __init__(self, setting: Setting, problem: Problem):
     self.setting, self.problem = setting, problem
     self.train = chunks(problem, setting)
-    self.blocks = partition(problem.init(0), setting.blocks)
+    self.blocks = layout(problem.init(0), **setting.blocks)
     self.batch = larger_batch(problem, setting.batches)
     self.watchers: dict[str, Watcher] = setting.watchers(setting.blocks)
     self.learners = {name: learner(w.estimator) for name, w in self.watchers.items()}
@@ -227,10 +226,9 @@ class Meter:
 
     @jax.jit
     def compare(state, update, basis):
-      masks = dominant_masks(estimator, state, update)
-      project = held_projector(estimator, masks, state)
+      project, sizes = dominant(estimator, state.memory, update)
       overlap = subspace_overlap(basis, project, self.blocks)
-      return overlap, dominant_size(estimator, masks, state, update)
+      return overlap, jnp.stack([sizes[name] for name in self.blocks.names])
 
     def entry(state, update, basis):
       overlap, size = compare(state, update, basis)
@@ -240,14 +238,14 @@ class Meter:
 
   def run(self, seed: int, bar: tqdm) -> dict[str, Any]:
     begin, setting = time.monotonic(), self.setting
-    start = self.problem.init(seed)
+    params = self.problem.init(seed)
     states = {
-      (source, name): w.estimator.init(start)
+      (source, name): unlearnt(w.estimator, params)
       for source in setting.sources
       for name, w in self.watchers.items()
       if not w.recent
     }
-    curvature = self.lanczos.init(start)
+    curvature = unlearnt(self.lanczos, params)
     measured = []
     for chunk in self.train(seed):
       for source, name in states:
@@ -259,13 +257,13 @@ class Meter:
       if chunk.step not in setting.steps:
         continue
       top = self.top(chunk.params, self.batch)
-      entry = self.compare[MINI_BATCH_HESSIAN](curvature, start, top.basis)
+      entry = self.compare[MINI_BATCH_HESSIAN](curvature, params, top.basis)
       found = [{'source': None, 'estimator': MINI_BATCH_HESSIAN} | entry]
       for source in setting.sources:
         for name, w in self.watchers.items():
           history = chunk.history[source]
           if w.recent:
-            state = self.learners[name](w.estimator.init(start), history)
+            state = self.learners[name](unlearnt(w.estimator, params), history)
           else:
             state = states[source, name]
           last = jax.tree.map(lambda x: x[-1], history)

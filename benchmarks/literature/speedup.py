@@ -15,13 +15,14 @@ from benchmarks import report, search
 from benchmarks.literature import common
 from benchmarks.literature.common import Hyper
 from benchmarks.literature.subspaces import (
-  ALL,
   dct,
   Estimator,
   filtered,
   hessian_lanczos,
   kronecker,
+  matrices,
   pca,
+  WHOLE,
 )
 from benchmarks.store import Result, Store
 from benchmarks.training import Make, Options
@@ -71,32 +72,39 @@ METHODS = {
     rate=2**0.5,
   ),
   'ppe': Method(
-    'PPE: window 32, k = 10', lambda: pca(10, 32, decay=0.0, refresh_every=8)
+    'PPE: window 32, k = 10',
+    lambda: pca(10, 32, decay=0.0, refresh_every=8, leaves=matrices),
   ),
-  'pca-20': Method('decayed PCA, k = 20', lambda: pca(20, 8, decay=0.97)),
-  'pca-40': Method('decayed PCA, k = 40', lambda: pca(40, 8, decay=0.97)),
-  'dct': Method('DCT, k = 16', lambda: dct(16)),
-  'kronecker': Method('Kronecker, two levels', lambda: kronecker(refresh_every=20)),
+  'pca-20': Method(
+    'decayed PCA, k = 20', lambda: pca(20, 8, decay=0.97, leaves=matrices)
+  ),
+  'pca-40': Method(
+    'decayed PCA, k = 40', lambda: pca(40, 8, decay=0.97, leaves=matrices)
+  ),
+  'dct': Method('DCT, k = 16', lambda: dct(16, leaves=matrices)),
+  'kronecker': Method(
+    'Kronecker, two levels', lambda: kronecker(refresh_every=20, leaves=matrices)
+  ),
   'kronecker-graded': Method(
     'Kronecker, graded',
-    lambda: kronecker(refresh_every=20),
+    lambda: kronecker(refresh_every=20, leaves=matrices),
     graded=True,
     alpha=0.1,
     gamma=8.0,
   ),
   'hessian': Method(
     'Hessian of the network, k = 10',
-    lambda: hessian_lanczos(10, iterations=14, blocks=ALL),
+    lambda: hessian_lanczos(10, iterations=14, **WHOLE),
     hessian_images=500,
   ),
   'hessian-blocks': Method(
     'Hessian of each matrix, k = 10',
-    lambda: hessian_lanczos(10, iterations=14),
+    lambda: hessian_lanczos(10, iterations=14, leaves=matrices),
     hessian_images=500,
   ),
   'momentum-hessian': Method(
     'Hessian of the network, momentum 0.9',
-    lambda: hessian_lanczos(10, iterations=14, blocks=ALL),
+    lambda: hessian_lanczos(10, iterations=14, **WHOLE),
     momentum=0.9,
     rate=0.5,
     gamma=2.0,
@@ -104,7 +112,7 @@ METHODS = {
   ),
   'momentum-kronecker-graded': Method(
     'Kronecker, graded, momentum 0.9',
-    lambda: kronecker(refresh_every=20),
+    lambda: kronecker(refresh_every=20, leaves=matrices),
     momentum=0.9,
     rate=0.5,
     graded=True,

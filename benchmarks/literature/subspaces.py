@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -17,38 +18,36 @@ from bsfa_optax.diagnostics import (
   dominant_fraction,
   hessian_top_k,
   projector,
-  spectrum,
   subspace_overlap,
 )
 from bsfa_optax.estimators import Estimator, layout
 
 __all__ = [
-  'ALL',
+  'HIDDEN',
+  'WHOLE',
   'Estimator',
   'Watcher',
   'chi',
   'curvature_energy',
   'curvature_watchers',
   'dct',
-  'dominant_masks',
-  'dominant_size',
+  'dominant',
   'filtered',
-  'held_projector',
   'hessian_lanczos',
   'hessian_top_k',
-  'hidden',
   'kronecker',
   'last_layer',
   'layout',
   'learner',
+  'matrices',
   'overlap_watchers',
   'pca',
   'projector',
   'subspace_overlap',
   'top_hessian',
+  'unlearnt',
 ]
 
-ALL = 'all'  # the whole model as one block
 WINDOWS = (8, 16, 32, 64)
 DECAYS = (0.9, 0.95, 0.99)
 RANKS = (8, 16, 32)
@@ -80,34 +79,38 @@ def chi(estimator: Estimator, state: Any, gradient: Any) -> jax.Array:
   return fraction[0]
 
 
-# Blocks.
+# Blocks. Every leaf chosen is one.
 
 
-def last_layer(params: Any) -> Any:
-  """Blocks of the small LLaMA: four matrices of the last layer and the output layer."""
-  chosen = ('layers.1.attention.query', 'layers.1.attention.output')
-  chosen += ('layers.1.mlp.up', 'layers.1.mlp.down', 'head')
-
-  def label(path, leaf):
-    del leaf
-    name = '.'.join(str(key.key) for key in path[:-1])
-    return name.removeprefix('layers.1.') if name in chosen else None
-
-  return jax.tree_util.tree_map_with_path(label, params)
+_LAST_LAYER = re.compile(
+  r'(layers/1/(attention/(query|output)|mlp/(up|down))|head)/kernel'
+)
 
 
-def hidden(params: Any) -> Any:
-  """Blocks of the MLP: the matrices of its hidden layers.
+def matrices(name: str, leaf: Any) -> bool:
+  """All matrices, those of the output layer included."""
+  del name
+  return leaf.ndim > 1
+
+
+def last_layer(name: str, leaf: Any) -> bool:
+  """Of the small LLaMA four matrices of the last layer and the output layer."""
+  del leaf
+  return bool(_LAST_LAYER.fullmatch(name))
+
+
+def hidden(name: str, leaf: Any) -> bool:
+  """Of the MLP the matrices of the hidden layers.
 
   The Hessian of the output layer is that of ten independent linear regressions: every
   eigenvalue is there ten times, so that no top space of another rank is determined.
   """
+  return name.startswith('layers/') and leaf.ndim > 1
 
-  def label(path, leaf):
-    first, *inner = (str(key.key) for key in path)
-    return f'hidden layer {inner[0]}' if first == 'layers' and leaf.ndim > 1 else None
 
-  return jax.tree_util.tree_map_with_path(label, params)
+# Options of an estimator or a layout.
+HIDDEN = {'leaves': hidden}
+WHOLE = {'labels': 'all'}  # all leaves together are a block
 
 
 # Estimators that only watch.
@@ -125,57 +128,73 @@ class Watcher(NamedTuple):
   recent: bool = False
 
 
-def overlap_watchers(blocks: Any) -> dict[str, Watcher]:
+def overlap_watchers(blocks: dict[str, Any]) -> dict[str, Watcher]:
   """All whose overlap with the Hessian's top space is measured."""
   chosen = {
-    f'window {m}, rank 8': Watcher(
-      pca(8, history=m, decay=0.0, blocks=blocks), recent=True
-    )
+    f'window {m}, rank 8': Watcher(pca(8, history=m, decay=0.0, **blocks), recent=True)
     for m in WINDOWS
   }
   pairs = [(0.95, k) for k in RANKS] + [(decay, 16) for decay in DECAYS]
   for decay, rank in dict.fromkeys(pairs):
     chosen[f'decay {decay:g}, rank {rank}'] = Watcher(
-      pca(rank, history=8, decay=decay, blocks=blocks)
+      pca(rank, history=8, decay=decay, **blocks)
     )
-  chosen['kronecker'] = Watcher(kronecker(refresh_every=2, blocks=blocks))
-  chosen['dct'] = Watcher(dct(blocks=blocks), recent=True)
+  chosen['kronecker'] = Watcher(kronecker(refresh_every=2, **blocks))
+  chosen['dct'] = Watcher(dct(**blocks), recent=True)
   return chosen
 
 
 def curvature_watchers(whole_model: str, rank: int) -> dict[str, Estimator]:
   """All whose share of the curvature energy is measured; the first has one block."""
   return {
-    whole_model: pca(rank, history=8, blocks=ALL),
-    f'pca, rank {rank} a matrix': pca(rank, history=8),
-    'kronecker': kronecker(refresh_every=2),
+    whole_model: pca(rank, history=8, **WHOLE),
+    f'pca, rank {rank} a matrix': pca(rank, history=8, leaves=matrices),
+    'kronecker': kronecker(refresh_every=2, leaves=matrices),
   }
 
 
-def learner(estimator: Estimator) -> Callable[[Any, Any], Any]:
-  """Jitted: state and a stack of updates to the state after them."""
+class Learned(NamedTuple):
+  """What an estimator has learnt, and from how many vectors."""
+
+  memory: Any
+  count: jax.Array
+
+
+def unlearnt(estimator: Estimator, params: Any) -> Learned:
+  memory = estimator.init(estimator.layout(params), params)
+  return Learned(memory, jnp.zeros((), jnp.int32))
+
+
+def _after(estimator: Estimator, state: Learned, v: Any, *args: Any, **extra: Any):
+  layout = estimator.layout(v)
+  memory = estimator.learn(layout, layout.select(v), *state, *args, **extra)
+  return Learned(memory, state.count + 1)
+
+
+def learner(estimator: Estimator) -> Callable[[Learned, Any], Learned]:
+  """Jitted: what is learnt, after a stack of updates more."""
 
   @functools.partial(jax.jit, donate_argnums=0)
   def learn(state, history):
-    step = lambda state, v: (estimator.update(v, state, None), None)
+    step = lambda state, v: (_after(estimator, state, v, None), None)
     return jax.lax.scan(step, state, history)[0]
 
   return learn
 
 
 def top_hessian(
-  loss: Callable[[Any, Any], jax.Array], rank: int, blocks: Any, **options: Any
-) -> tuple[Estimator, Callable[[Any, Any, Any], Any]]:
+  loss: Callable[[Any, Any], jax.Array], rank: int, blocks: dict[str, Any], **options
+) -> tuple[Estimator, Callable[[Learned, Any, Any], Learned]]:
   """An estimator of the Hessian's top space, and its jitted refresh.
 
-  The refresh takes a state, parameters and a batch.
+  The refresh takes what is learnt, parameters and a batch.
   """
-  lanczos = hessian_lanczos(rank, refresh_every=1, blocks=blocks, **options)
+  lanczos = hessian_lanczos(rank, refresh_every=1, **blocks, **options)
 
   @jax.jit
   def refresh(state, params, batch):
     value_fn = lambda params: loss(params, batch)
-    return lanczos.update(params, state, params, value_fn=value_fn)
+    return _after(lanczos, state, params, params, value_fn=value_fn)
 
   return lanczos, refresh
 
@@ -183,39 +202,26 @@ def top_hessian(
 # What is dominant.
 
 
-def dominant_masks(estimator: Estimator, state: Any, update: Any) -> list[jax.Array]:
-  """What is dominant, in every call that `apply` makes of a spectral function."""
-  masks: list[jax.Array] = []
+def dominant(
+  estimator: Estimator, memory: Any, update: Any
+) -> tuple[Callable[[Any], Any], dict[str, jax.Array]]:
+  """The projector on what is dominant in an update, and its dimensions by block.
 
-  def record(variance, dominant):
-    masks.append(dominant)
-    return variance
+  `diagnostics.projector` chooses anew for each vector that it projects, which makes a
+  difference for `dct`.
+  """
+  layout = estimator.layout(update)
+  held = estimator.decompose(layout, layout.select(update), memory)
 
-  estimator.apply(record, update, state)
-  return masks
+  def decompose(layout, vector, memory):
+    found = estimator.decompose(layout, vector, memory)
+    return found._replace(dominant=held.dominant, ready=held.ready)
 
-
-def held_projector(
-  estimator: Estimator, masks: list[jax.Array], state: Any
-) -> Callable[[Any], Any]:
-  """The projector on what the masks say; `dct` would choose anew for each vector."""
-
-  def project(tree):
-    position = iter(masks)
-    replay = lambda variance, _: next(position).astype(variance.dtype)
-    return estimator.apply(replay, tree, state)[0]
-
-  return project
-
-
-def dominant_size(
-  estimator: Estimator, masks: list[jax.Array], state: Any, update: Any
-) -> jax.Array:
-  """Dimensions of the dominant space of each block."""
-  if hasattr(state, 'basis'):
-    spectra = spectrum(state, estimator.blocks(update))
-    return jnp.stack([(x > 0).sum() for x in spectra])
-  # `kronecker` and `dct` call f for the rest and for the directions of each leaf.
-  leaves = estimator.blocks(update).select(update)
-  pairs = zip(masks[1::2], leaves, strict=True)
-  return jnp.stack([jnp.broadcast_to(m, x.shape).sum() for m, x in pairs])
+  counted = [
+    jnp.broadcast_to(chosen & ready, c.shape).astype(jnp.int32)
+    for chosen, ready, c in zip(
+      held.dominant, held.spread(held.ready), held.coefficients, strict=True
+    )
+  ]
+  sizes = dict(zip(layout.names, held.collect(counted), strict=True))
+  return projector(estimator._replace(decompose=decompose), memory), sizes

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import models, search, tasks
 from benchmarks.__main__ import main
 from benchmarks.literature import ablation, bulk_sgd, common, speedup
-from benchmarks.literature.subspaces import pca
+from benchmarks.literature.subspaces import matrices, pca
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +43,7 @@ def saved(store, module):
 
 
 def few_directions():
-  return pca(2, 2, decay=0.9)
+  return pca(2, 2, decay=0.9, leaves=matrices)
 
 
 @pytest.mark.slow

@@ -74,6 +74,25 @@ def test_headline_is_in_readme_and_on_a_page(study, docs, folders):
   assert rows_of(page, '`tiny`') == [headline]
 
 
+@pytest.mark.parametrize('absent', ['bsfa', 'muon'])
+def test_contender_without_runs_is_named(absent, study, docs, folders, store, capsys):
+  for path in (store.raw / 'tiny').glob(f'{absent}-*'):
+    path.unlink()
+  main(['report', *folders, '--docs', str(docs)])
+  assert f'missing: tiny: all runs of nadamw, {absent}' in re.sub(
+    ', (galore|kron)', '', capsys.readouterr().out
+  )
+  readme = (docs.parent / 'README.md').read_text()
+  (headline,) = rows_of(readme, '`tiny`')
+  of_muon, of_bsfa = [headline[1], headline[3]], [headline[2], headline[4]]
+  assert (of_muon if absent == 'muon' else of_bsfa) == ['-', '-']
+  assert '-' not in (of_bsfa if absent == 'muon' else of_muon)
+  assert headline[5] == '-'
+  assert f'\n\nNo run of `{absent}` yet on `tiny`.\n' in readme
+  assert not rows_of((docs / 'tables' / 'tiny.md').read_text(), absent)
+  assert (docs / 'figures' / 'speed-ups.png').exists()
+
+
 def test_page_of_a_task_has_its_tables(study, docs, folders):
   main(['report', *folders, '--docs', str(docs)])
   page = (docs / 'tables' / 'tiny.md').read_text()
@@ -166,16 +185,16 @@ def test_sensitivity(tiny, store, docs, folders, save_result, capsys):
   main(['sensitivity', *options])
   assert 'call tune first' in capsys.readouterr().out
   main(['run', *options, '--contender', 'bsfa', '--learning-rate', '0.1'])
-  trained = {'bsfa-alpha-0.2', 'bsfa-refresh_every-5'}
+  trained = {'bsfa-ridge-0.1', 'bsfa-refresh_every-5'}
   for name in set(contenders.VARIANTS) - trained:
     save_result(name, 0.1, 0, 0.2)
   main(['sensitivity', *options])
-  assert '2 of 21 runs to do' in capsys.readouterr().out
+  assert f'2 of {len(contenders.VARIANTS)} runs to do' in capsys.readouterr().out
   changed = {r['contender']: r.get('settings') for r in store.load(tiny).values()}
   assert set(changed) == {'bsfa', *contenders.VARIANTS}
-  of_bsfa, of_alpha = changed['bsfa'], changed['bsfa-alpha-0.2']
-  assert of_alpha['filter'] == of_bsfa['filter'] | {'alpha': 0.2}
-  assert changed['bsfa-refresh_every-5']['estimator']['refresh_every'] == 5
+  of_bsfa, of_ridge = changed['bsfa'], changed['bsfa-ridge-0.1']
+  assert of_ridge['filter'] == of_bsfa['filter'] | {'ridge': 0.1}
+  assert changed['bsfa-refresh_every-5']['filter']['refresh_every'] == 5
   main(['report', *folders, '--docs', str(docs)])
   assert (docs / 'figures' / 'sensitivity-tiny.png').exists()
   page = (docs / 'tables' / 'tiny.md').read_text()

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import llama, models, tasks
 from benchmarks.literature import common, gauss_newton, overlap, subspaces
-from benchmarks.literature.subspaces import dct, kronecker, pca, Watcher
+from benchmarks.literature.subspaces import dct, kronecker, matrices, pca, Watcher
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 
@@ -49,12 +49,13 @@ setting = functools.partial(
 @pytest.mark.slow
 def test_overlap_of_every_estimator_is_measured_and_saved_once(store):
   watchers = {
-    'pca': Watcher(pca(2, history=8, decay=0.0), recent=True),
-    'dct': Watcher(dct(2), recent=True),
+    'pca': Watcher(pca(2, history=8, decay=0.0, leaves=matrices), recent=True),
+    'dct': Watcher(dct(2, leaves=matrices), recent=True),
   }
   adam = setting(
-    'Adam', optimizer=optax.adam(1e-3), b2=0.999, rank=2, watchers=lambda _: watchers
-  )
+    'Adam', optimizer=optax.adam(1e-3), b2=0.999, rank=2, watchers=lambda _: watchers,
+    blocks={'leaves': matrices},
+  )  # fmt: skip
   settings = {'adam': adam}
   overlap.run(None, [0], store, settings)
   saved = store.load(common.collection('overlap'))
@@ -76,9 +77,9 @@ def test_overlap_of_every_estimator_is_measured_and_saved_once(store):
 
 @pytest.mark.slow
 def test_curvature_energy_is_measured(store):
-  whole = pca(gauss_newton.RANK, history=8, blocks=subspaces.ALL)
+  whole = pca(gauss_newton.RANK, history=8, **subspaces.WHOLE)
   sgd = setting(
-    'SGD', optimizer=optax.sgd(0.1), b2=None, rank=10, blocks=subspaces.ALL,
+    'SGD', optimizer=optax.sgd(0.1), b2=None, rank=10, blocks=subspaces.WHOLE,
     watchers=lambda _: {gauss_newton.GLOBAL_PCA: whole},
   )  # fmt: skip
   meter = functools.partial(gauss_newton.Meter, model=tiny_mlp)
@@ -115,50 +116,60 @@ def test_recording_does_not_change_the_run():
   jax.tree.map(close, last['gradients'], gradient)
 
 
-def test_held_projector_projects_on_what_the_update_chose():
+def test_what_an_update_chose_is_held():
   # The update has frequency 0 only, the vector to project has another one as well.
-  estimator = dct(1)
   update = jnp.ones((4, 8))
   ripple = jnp.tile(jnp.array([[1.0], [-1.0]]), (2, 8))
 
   @jax.jit
   def projected():
-    state = optax.EmptyState()
-    masks = subspaces.dominant_masks(estimator, state, update)
-    project = subspaces.held_projector(estimator, masks, state)
-    size = subspaces.dominant_size(estimator, masks, state, update)
-    return project(update + 3 * ripple), size
+    project, sizes = subspaces.dominant(dct(1), optax.EmptyState(), update)
+    return project(update + 3 * ripple), sizes
 
-  result, size = projected()
+  result, sizes = projected()
   np.testing.assert_allclose(result, update, atol=1e-5)
-  assert size.tolist() == [8]  # one column of the shorter axis for each of the longer
+  assert sizes == {'': 8}  # one column of the shorter axis for each of the longer
 
 
 @pytest.mark.parametrize('estimator', [pca(3, history=4, decay=0.0), kronecker()])
 def test_dominant_size_is_the_trace_of_the_projector(estimator):
-  state = estimator.init(jnp.zeros((5, 4)))
+  state = subspaces.unlearnt(estimator, jnp.zeros((5, 4)))
   updates = np.random.default_rng(0).normal(size=(4, 5, 4)) * [3.0, 2, 1, 0.1]
   updates = updates.astype(np.float32)
   state = subspaces.learner(estimator)(state, updates)
+  assert state.count == 4
 
   @jax.jit
-  def traces(state, update):
-    masks = subspaces.dominant_masks(estimator, state, update)
-    held = subspaces.held_projector(estimator, masks, state)
+  def traces(memory, update):
+    held, sizes = subspaces.dominant(estimator, memory, update)
     unit = np.eye(20, dtype=np.float32).reshape(20, 5, 4)
-    return subspaces.dominant_size(estimator, masks, state, update), [
+    return sizes, [
       jax.lax.map(lambda e, project=project: (project(e) * e).sum(), unit).sum()
-      for project in (held, subspaces.projector(estimator, state))
+      for project in (held, subspaces.projector(estimator, memory))
     ]
 
-  (size,), found = traces(state, updates[-1])
-  np.testing.assert_allclose(found, size, rtol=1e-4)
+  sizes, found = traces(state.memory, updates[-1])
+  np.testing.assert_allclose(found, sizes[''], rtol=1e-4)
+
+
+def test_sizes_are_by_name_where_leaves_alike_are_stacked():
+  # The stack puts the two kernels of one shape side by side, before the third.
+  rng = np.random.default_rng(0)
+  shapes = {'0': (6, 5), '1': (4, 7), '2': (6, 5)}
+  update = {name: {'kernel': rng.normal(size=s)} for name, s in shapes.items()}
+  update = jax.tree.map(jnp.float32, update)
+  names = [f'{name}/kernel' for name in shapes]
+  assert dct(2).layout(update).names != names == pca(2).layout(update).names
+  _, sizes = subspaces.dominant(dct(2), optax.EmptyState(), update)
+  assert {name: int(sizes[name]) for name in names} == dict(
+    zip(names, (12, 14, 12), strict=True)
+  )
 
 
 def test_output_layer_is_no_block_of_the_mlp():
   params = jax.eval_shape(lambda: tasks.functional(tasks.mlp)[0](0))
-  blocks = subspaces.partition(params, subspaces.hidden)
-  assert blocks.names == ['hidden layer 0', 'hidden layer 1']
+  blocks = subspaces.layout(params, leaves=subspaces.hidden)
+  assert blocks.names == ['layers/0/kernel', 'layers/1/kernel']
   assert blocks.sizes == [784 * 200, 200 * 200]
 
 
@@ -167,7 +178,12 @@ def test_blocks_of_the_llama():
     llama.PRESETS['toy'].model._replace(layers=2), rngs=rngs
   )
   shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(0)))))
-  names = subspaces.partition(shapes, subspaces.last_layer).names
-  assert sorted(names) == [
-    'attention.output', 'attention.query', 'head', 'mlp.down', 'mlp.up',
-  ]  # fmt: skip
+  kronecker_too = kronecker(leaves=subspaces.last_layer).layout(shapes)
+  for blocks in subspaces.layout(shapes, leaves=subspaces.last_layer), kronecker_too:
+    assert sorted(blocks.names) == [
+      'head/kernel',
+      'layers/1/attention/output/kernel',
+      'layers/1/attention/query/kernel',
+      'layers/1/mlp/down/kernel',
+      'layers/1/mlp/up/kernel',
+    ]
