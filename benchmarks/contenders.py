@@ -1,10 +1,10 @@
 """What is compared: optimizers alike in everything but the direction of their updates.
 
-Each is a direction (Adam's, momentum, Muon's ...), perhaps filtered by BSFA, the task's
-decoupled weight decay and the learning rate. Muon, GaLore and BSFA take the
-matrices and convolutions of the hidden layers; the embedding, the layer that reads the
-input, the one that gives the output, norms and biases have Adam's direction, as Muon's
-authors do. Kron has rules of its own.
+`bsfa` is the library's default as a user gets it, `bsfa_adamw(rate)`. The others are a
+direction (Adam's, momentum, Muon's ...), perhaps filtered, the task's decoupled weight
+decay and the learning rate. Muon, GaLore and the other filters take the matrices and
+convolutions of the hidden layers, as Muon's authors do; all else has Adam's direction.
+Kron has rules of its own.
 
 To add one, add an entry to `CONTENDERS`.
 """
@@ -20,6 +20,7 @@ import optax
 
 from benchmarks.tasks import Task
 import bsfa_optax
+from bsfa_optax import estimators
 
 Schedule = Callable[[jax.Array], jax.Array]
 Direction = Callable[[Task], optax.GradientTransformation]
@@ -37,34 +38,30 @@ class Contender(NamedTuple):
     learning_rate: where `tune` starts; it walks from there, so a guess will do.
     settings: for the results; whatever has an influence and is not in the task.
     decays: whether the task's weight decay applies.
+    alias: instead of `direction`, task and schedule to a whole optimizer.
   """
 
   direction: Direction
   learning_rate: float
   settings: dict[str, Any]
   decays: bool = True
+  alias: Callable[[Task, Schedule], optax.GradientTransformation] | None = None
 
 
-def is_hidden(path: tuple, leaf: jax.Array) -> bool:
+def is_hidden(name: str, leaf: jax.Array) -> bool:
   """Whether a leaf is a matrix or a convolution of a hidden layer."""
-  return path[0].key == 'layers' and leaf.ndim >= 2
-
-
-def _on_hidden(value: Callable[[tuple, jax.Array], Any]) -> Callable[[Any], Any]:
-  """A function from parameters to a tree of `value` on hidden leaves, else None."""
-  return lambda params: jax.tree.map_with_path(
-    lambda path, leaf: value(path, leaf) if is_hidden(path, leaf) else None, params
-  )
+  return name.startswith('layers/') and leaf.ndim >= 2
 
 
 def _as_matrix(numbers: type) -> Callable[[Any], Any]:
-  """Optax's way to say that the last axis of a leaf is the output."""
-  return _on_hidden(lambda _, leaf: numbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1))
+  """Optax's way to say that the last axis of a hidden leaf is the output."""
 
+  def of(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    last = leaf.ndim - 1
+    return numbers(tuple(range(last)), last) if is_hidden(name, leaf) else None
 
-_hidden_names = _on_hidden(
-  lambda path, _: jax.tree_util.keystr(path, simple=True, separator='/')
-)
+  return lambda params: jax.tree.map_with_path(of, params)
 
 
 def adam(task: Task) -> optax.GradientTransformation:
@@ -142,26 +139,26 @@ def _plain(
   return Contender(direction, learning_rate, settings, decays)
 
 
-def _bsfa(
+def _filtered(
   base: Direction,
   learning_rate: float,
-  estimator: Callable[..., bsfa_optax.Estimator] = bsfa_optax.kronecker,
+  estimator: Callable[..., estimators.Estimator] = bsfa_optax.kronecker,
   *,
   history: Direction | None = None,
   filter_options: dict[str, Any] | None = None,
-  blocks: Any = _hidden_names,
   **estimator_options: Any,
 ) -> Contender:
-  """BSFA over a direction, with the options given and the library's defaults."""
+  """A direction filtered by `bsfa`, with the options given and the defaults."""
   of_filter = filter_options or {}
+  leaves = {} if 'labels' in estimator_options else {'leaves': is_hidden}
 
   def direction(task):
-    return bsfa_optax.accelerate(
-      base(task),
-      history=history and history(task),
-      estimator=estimator(blocks=blocks, **estimator_options),
-      **of_filter,
+    last = bsfa_optax.bsfa(
+      **of_filter, estimator=estimator(**leaves, **estimator_options)
     )
+    if history is None:
+      return optax.chain(base(task), last)
+    return bsfa_optax.accelerate(base(task), last, history=history(task))
 
   settings = {
     'base': base.__name__,
@@ -174,11 +171,25 @@ def _bsfa(
   return Contender(direction, learning_rate, settings)
 
 
-# The filter as the alias has it; that of `bsfa` and `accelerate` has two levels.
-_GRADED = {
-  name: inspect.signature(bsfa_optax.bsfa_adamw).parameters[name].default
-  for name in ('alpha', 'gamma', 'exponent', 'preserve_norm')
-}
+def _default(**options: Any) -> Contender:
+  """`bsfa_adamw(rate)`, with options of its filter that differ from the defaults."""
+
+  def alias(task, learning_rate):
+    return bsfa_optax.bsfa_adamw(
+      learning_rate,
+      b2=task.b2,
+      weight_decay=task.weight_decay,
+      filter=bsfa_optax.scale_by_whitening(**options) if options else None,
+    )
+
+  settings = _defaults(bsfa_optax.bsfa_adamw)
+  settings = {name: settings[name] for name in ('nesterov', 'step_length')}
+  settings['filter'] = _defaults(bsfa_optax.scale_by_whitening) | options
+  return Contender(nadam, 8e-3, settings, alias=alias)
+
+
+# What `bsfa_adamw` filtered with before the whitening.
+_GRADED = {'alpha': 0.1, 'gamma': 4.0, 'exponent': 0.5, 'grafting': True}
 
 # Momentum's updates have no set size, so that a decay in proportion to the learning
 # rate would be many times that of the others: it has none.
@@ -189,26 +200,26 @@ CONTENDERS = {
   'muon': _plain(muon, 1.6e-2, consistent_rms=0.2),
   'galore': _plain(galore, 1.6e-2, **_GALORE),
   'kron': _plain(kron, 8e-3, package='psgdax'),
-  'bsfa': _bsfa(nadam, 2.26e-2, filter_options=_GRADED),
-  'bsfa-adam': _bsfa(adam, 2.26e-2, filter_options=_GRADED),
-  'bsfa-two-level': _bsfa(adam, 1.6e-2),
-  'bsfa-pca': _bsfa(adam, 8e-3, bsfa_optax.pca),
-  'bsfa-dct': _bsfa(adam, 8e-3, bsfa_optax.dct),
-  'bsfa-hessian': _bsfa(
-    adam, 4e-3, bsfa_optax.hessian_lanczos, blocks='all', refresh_every=20
+  'bsfa': _default(),
+  'bsfa-kronecker': _filtered(nadam, 2.26e-2, filter_options=_GRADED),
+  'bsfa-adam': _filtered(adam, 2.26e-2, filter_options=_GRADED),
+  'bsfa-two-level': _filtered(adam, 1.6e-2),
+  'bsfa-pca': _filtered(adam, 8e-3, bsfa_optax.pca),
+  'bsfa-dct': _filtered(adam, 8e-3, bsfa_optax.dct),
+  'bsfa-hessian': _filtered(
+    adam, 4e-3, bsfa_optax.hessian_lanczos, labels='all', refresh_every=20
   ),
-  'bsfa-gradients': _bsfa(adam, 1.6e-2, history=gradients),
-  'bsfa-metric': _bsfa(adam, 1.6e-2, history=adams_metric),
-  'bsfa-muon': _bsfa(muon, 1.6e-2, filter_options=_GRADED),
+  'bsfa-gradients': _filtered(adam, 1.6e-2, history=gradients),
+  'bsfa-metric': _filtered(adam, 1.6e-2, history=adams_metric),
+  'bsfa-muon': _filtered(muon, 1.6e-2, filter_options=_GRADED),
 }
 
 # `bsfa` with one option changed, for the figure of its sensitivity.
 _VALUES = {
-  'alpha': (0.025, 0.05, 0.2, 0.4),
-  'gamma': (1.0, 2.0, 8.0, 16.0),
-  'exponent': (0.25, 0.35, 0.7, 1.0),
-  'decay': (0.5, 0.75, 0.95, 0.98),
-  'refresh_every': (1, 2, 5, 10, 20),
+  'ridge': (0.02, 0.05, 0.1, 0.4, 1.0),
+  'decay': (0.5, 0.8, 0.95, 0.98),
+  'refresh_every': (1, 2, 5, 10),
+  'block_size': (32, 64, 128),
 }
 
 
@@ -220,15 +231,8 @@ class Variant(NamedTuple):
   contender: Contender
 
 
-def _variant(option: str, value: float) -> Variant:
-  of_filter, of_estimator = dict(_GRADED), {}
-  (of_filter if option in _GRADED else of_estimator)[option] = value
-  contender = _bsfa(nadam, 2.26e-2, filter_options=of_filter, **of_estimator)
-  return Variant(option, value, contender)
-
-
 VARIANTS = {
-  f'bsfa-{option}-{value:g}': _variant(option, value)
+  f'bsfa-{option}-{value:g}': Variant(option, value, _default(**{option: value}))
   for option, values in _VALUES.items()
   for value in values
 }
@@ -244,6 +248,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """The whole optimizer of a contender on a task."""
   parts = [optax.clip_by_global_norm(task.clip)] if task.clip else []
+  if contender.alias:
+    return optax.chain(*parts, contender.alias(task, learning_rate))
   parts.append(contender.direction(task))
   if contender.decays and task.weight_decay:
     parts.append(optax.add_decayed_weights(task.weight_decay))

@@ -1,4 +1,4 @@
-"""The small models that examples/ has not: masked-token encoder, ViT, CNN and MLP.
+"""The small models beside the LLaMA: masked-token encoder, ViT, CNN and MLP.
 
 In each of them the hidden layers are in `layers`, apart from what reads the input and
 what gives the output, so that one rule tells the contenders which matrices are hidden.
@@ -10,7 +10,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from benchmarks.examples import rotate
+from benchmarks.llama import rotate
 
 
 class EncoderLayer(nnx.Module):

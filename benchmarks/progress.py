@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.examples import StopSignals
+
+class StopSignals:
+  """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step."""
+
+  def __init__(self):
+    self.received: signal.Signals | None = None
+    self._previous = {
+      number: signal.signal(number, self._receive)
+      for number in (signal.SIGINT, signal.SIGTERM)
+    }
+
+  def _receive(self, number, frame):
+    del frame
+    self.received = signal.Signals(number)
+    self.restore()  # a second one stops at once
+    # Not print, which may be what the signal interrupted.
+    os.write(sys.stderr.fileno(), b'\nstopping at the next step ...\n')
+
+  def restore(self):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
 
 
 class Progress(tqdm):

@@ -1,4 +1,4 @@
-"""Tables and figures of docs/benchmarks.md, from the results alone."""
+"""Pages of docs/tables/, figures and README's table, from the results alone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ import matplotlib.pyplot as plt
 
 from benchmarks import runs
 from benchmarks.contenders import CONTENDERS, VARIANTS
-from benchmarks.examples import adamw_steps_worth
-from benchmarks.runs import Result
+from benchmarks.store import BadResults, Result, Results, Store, write_text
 from benchmarks.tasks import Task, TASKS
 
-PAGE = 'benchmarks.md'
+TABLES = 'tables'
 SEEDS = 3  # fewer are reported as missing
 LEADS = ('bsfa-gradients', 'bsfa-metric')  # refuted on one task, not missed on others
 
@@ -32,7 +31,7 @@ class Study(NamedTuple):
   task: Task
   runs: dict[str, dict[float, dict[int, Result]]]  # contender, rate, seed
   lengths: dict[str, dict[int, list[Result]]]  # contender, seed; each at its best rate
-  times: dict[str, dict]
+  times: Results
 
   @property
   def contenders(self) -> list[str]:
@@ -68,7 +67,35 @@ class SpeedUp(NamedTuple):
     return SpeedUp(flipped, 1 / self.factor)
 
 
-def study(name: str, results: Iterable[Result], times: dict[str, dict]) -> Study:
+class Worth(NamedTuple):
+  """A number of steps; relation is '=', or '<' or '>' where it is only a bound."""
+
+  relation: str
+  steps: float
+
+
+def steps_worth(loss: float, reference: Iterable[tuple[int, float]]) -> Worth:
+  """How many steps a reference needs to end at this loss.
+
+  Args:
+    loss: of which the worth is asked.
+    reference: steps and final loss of at least one run, each with its own complete
+      schedule. Between them the loss counts as linear in log(steps).
+  """
+  (steps, before), *longer = sorted(reference)
+  if not loss <= before:  # not-a-number included
+    return Worth('<', steps)
+  if loss == before:
+    return Worth('=', steps)
+  for more_steps, after in longer:
+    if after <= loss:
+      share = (before - loss) / (before - after)
+      return Worth('=', steps * (more_steps / steps) ** share)
+    steps, before = more_steps, after
+  return Worth('>', steps)
+
+
+def study(name: str, results: Iterable[Result], times: Results) -> Study:
   """Sorts the results of a task."""
   task = TASKS[name]
   own: dict = defaultdict(lambda: defaultdict(dict))
@@ -100,7 +127,7 @@ def speed_ups(
     longer = of.lengths[reference].get(seed, ())
     curve = [(r['steps'], runs.score(of.task, r)) for r in longer]
     if len(curve) > 1:
-      worth = adamw_steps_worth(loss, curve)
+      worth = steps_worth(loss, curve)
       found.append(SpeedUp(worth.relation, worth.steps / of.task.steps))
   return found
 
@@ -205,17 +232,22 @@ def headline_table(studies: list[Study]) -> str:
   """Muon and BSFA on the tasks where AdamW has other lengths."""
   head = ['task', "Muon, to AdamW's loss", "**BSFA, to AdamW's loss**"]
   head += ['Muon, whole run', '**BSFA, whole run**', "in Muon's steps", 'in time']
-  rows = []
+  rows, absent = [], defaultdict(list)
+  bold = lambda cell: cell if cell == '-' else f'**{cell}**'
   for of in studies:
-    rate = of.best_rate('bsfa')
-    if not speed_ups(of, 'bsfa', rate):
+    rates = {name: of.best_rate(name) for name in ('muon', 'bsfa')}
+    if not any(speed_ups(of, name, rate) for name, rate in rates.items()):
       continue
-    steps, over_muon, time = gains(of, 'bsfa', rate)
-    of_muon = factor(speed_ups(of, 'muon', of.best_rate('muon')))
-    muon, bsfa = (factor(speed_ups_to_target(of, name)) for name in ('muon', 'bsfa'))
-    of_both = [muon, f'**{bsfa}**', of_muon, f'**{steps}**']
+    steps, over_muon, time = gains(of, 'bsfa', rates['bsfa'])
+    of_muon, _, _ = gains(of, 'muon', rates['muon'])
+    muon, bsfa = (factor(speed_ups_to_target(of, name)) for name in rates)
+    of_both = [muon, bold(bsfa), of_muon, bold(steps)]
     rows.append([f'`{of.name}`', *of_both, over_muon, time])
-  return markdown(head, rows)
+    for name, rate in rates.items():
+      if rate is None:
+        absent[name].append(f'`{of.name}`')
+  lacks = [f'No run of `{n}` yet on {", ".join(found)}.' for n, found in absent.items()]
+  return '\n\n'.join([markdown(head, rows), *lacks])
 
 
 def lengths_table(of: Study) -> str:
@@ -355,7 +387,7 @@ def plot_sensitivity(of: Study, path: Path) -> None:
   """
   rate = of.best_rate('bsfa')
   default = of.runs['bsfa'][rate][0]
-  settings = default['settings']['filter'] | default['settings']['estimator']
+  settings = default['settings']['filter']
   curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
   for name, variant in VARIANTS.items():
     loss = of.scores(name, rate).get(0, math.inf)
@@ -385,25 +417,29 @@ def plot_sensitivity(of: Study, path: Path) -> None:
   save(figure, path)
 
 
-# The page.
+# Pages.
 
 
-def rewrite(page: Path, parts: dict[str, str]) -> None:
-  """Puts each part between the lines `<!-- name: begin -->` and `<!-- name: end -->`.
+def rewritten(page: Path, name: str, part: str) -> str:
+  """A page's text with a part between its lines `<!-- name: begin -->` and `end`."""
+  begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
+  before, _, rest = page.read_text().partition(begin)
+  _, found, after = rest.partition(end)
+  if not found:
+    raise BadResults(
+      f'{page} has not the lines {begin} and {end}, between which a table belongs'
+    )
+  return f'{before}{begin}\n\n{part}\n\n{end}{after}'
 
-  The page is written as a whole or not at all.
-  """
-  text = page.read_text()
-  for name, part in parts.items():
-    begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
-    before, _, rest = text.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-      raise SystemExit(
-        f'{page} has not the lines {begin} and {end}, between which a table belongs'
-      )
-    text = f'{before}{begin}\n\n{part}\n\n{end}{after}'
-  runs.write_text(page, text)
+
+def page(title: str, *parts: str) -> str:
+  """The text of a generated page."""
+  return '\n\n'.join([f'# {title}', *parts]) + '\n'
+
+
+def write_pages(docs: Path, pages: dict[str, str]) -> None:
+  for name, text in pages.items():
+    write_text(docs / TABLES / f'{name}.md', text)
 
 
 def missing(of: Study) -> list[str]:
@@ -434,64 +470,82 @@ def missing(of: Study) -> list[str]:
 
 
 def has_variants(of: Study) -> bool:
-  return any(name in of.runs for name in VARIANTS) and of.best_rate('bsfa') is not None
+  rate = of.best_rate('bsfa')
+  tried = any(name in of.runs for name in VARIANTS)
+  return tried and rate is not None and 0 in of.runs['bsfa'][rate]
 
 
-def section(of: Study) -> str:
-  """The part of the page on one task."""
-  parts = [f'### {of.name}: {of.task.title}, {of.task.steps} steps']
-  parts += ['At the best learning rate of each:', tuned_table(of)]
-  parts.append(f'![Loss curves](figures/curves-{of.name}.png)')
+def task_page(of: Study) -> str:
+  parts = ['At the best learning rate of each:', tuned_table(of)]
+  parts.append(f'![Loss curves](../figures/curves-{of.name}.png)')
   if of.best_rate('adamw') is not None:
     parts += [
-      "At **equal** learning rate, AdamW's best, which says little about contenders"
-      ' that are best at another:',
+      "At **equal** learning rate, AdamW's best, which says little about contenders\n"
+      'that are best at another:',
       equal_rate_table(of),
       'Other lengths of training, which the speed-ups are measured with:',
       lengths_table(of),
     ]
   if has_variants(of):
     parts += [
-      'BSFA with one option changed, at the rate that is best with the defaults'
-      ' (rings); dashed: the others at their best.',
-      f'![Sensitivity](figures/sensitivity-{of.name}.png)',
+      'BSFA with one option changed, at the rate that is best with the defaults\n'
+      '(rings); dashed: the others at their best.',
+      f'![Sensitivity](../figures/sensitivity-{of.name}.png)',
     ]
   parts += ['All learning rates, that of the tables above in bold:', sweep_table(of)]
-  parts.append(f'![Learning rates](figures/sweep-{of.name}.png)')
-  return '\n\n'.join(parts)
+  parts.append(f'![Learning rates](../figures/sweep-{of.name}.png)')
+  return page(f'{of.name}: {of.task.title}, {of.task.steps} steps', *parts)
 
 
-def write(results_folder: Path, docs: Path) -> None:
-  """Rewrites the generated parts of page and README, and the figures.
-
-  Says what is missing, there and on the screen.
-  """
-  studies = [
-    study(
-      name, runs.load(results_folder, [name]), runs.read_times(results_folder, name)
-    )
-    for name in TASKS
-  ]
-  studies = [one for one in studies if one.contenders]
-  gaps = []
+def gaps(studies: list[Study]) -> list[str]:
+  """What is not measured yet, task by task."""
+  found = []
   for name in TASKS:
     lacks = next((missing(one) for one in studies if one.name == name), ['everything'])
-    gaps += [f'{name}: {lack}' for lack in lacks]
-  for gap in gaps:
-    print(f'missing: {gap}')
-  figures = docs / 'figures'
+    found += [f'{name}: {lack}' for lack in lacks]
+  return found
+
+
+def plot(studies: list[Study], figures: Path) -> None:
   for one in studies:
     plot_sweep(one, figures / f'sweep-{one.name}.png')
     plot_curves(one, figures / f'curves-{one.name}.png')
     if has_variants(one):
       plot_sensitivity(one, figures / f'sensitivity-{one.name}.png')
-  if studies:
-    plot_speed_ups(studies, figures / 'speed-ups.png')
-  sections = ['![Speed-ups](figures/speed-ups.png)', *map(section, studies)]
-  if gaps:
-    sections += ['### Not measured yet', '\n'.join(f'- {gap}' for gap in gaps)]
-  text = '\n\n'.join(sections if studies else ['No results yet.'])
-  rewrite(docs / PAGE, {'generated': text})
-  readme = docs.parent / 'README.md'
-  if studies and readme.exists():
-    rewrite(readme, {'headline': headline_table(studies)})
+  plot_speed_ups(studies, figures / 'speed-ups.png')
+
+
+def load(store: Store) -> list[Study]:
+  """Of the tasks that have results."""
+  studies = [
+    study(name, store.load(name).values(), store.times(name)) for name in TASKS
+  ]
+  return [one for one in studies if one.contenders]
+
+
+def pages(studies: list[Study]) -> dict[str, str]:
+  """The texts of the generated pages by name."""
+  lacks = '\n'.join(f'- {gap}' for gap in gaps(studies))
+  return {one.name: task_page(one) for one in studies} | {
+    'headline': page('Speed-ups', headline_table(studies)),
+    'missing': page('Not measured yet', lacks or 'Nothing.'),
+  }
+
+
+def write(store: Store, docs: Path) -> None:
+  """Writes the pages of tasks, README's table and the figures.
+
+  Says what is missing, there and on the screen. Writes nothing if there is no result.
+  """
+  studies = load(store)
+  if not studies:
+    return
+  texts, readme = pages(studies), docs.parent / 'README.md'
+  if readme.exists():
+    of_readme = rewritten(readme, 'headline', headline_table(studies))
+  for gap in gaps(studies):
+    print(f'missing: {gap}')
+  plot(studies, docs / 'figures')
+  write_pages(docs, texts)
+  if readme.exists():
+    write_text(readme, of_readme)

@@ -18,11 +18,8 @@ import numpy as np
 import optax
 
 from benchmarks import models
-from benchmarks.examples import (
-  Llama,
-  next_token_loss,
-  Preset,
-  PRESETS,
+from benchmarks.llama import Llama, next_token_loss, PRESETS
+from benchmarks.text import (
   standard_library,
   Text,
   training_batch,
@@ -91,7 +88,7 @@ def find(folder: Path, name: str) -> Path:
   path = folder / name
   if not path.is_file():
     raise MissingData(
-      f'{name} is not in {folder}: give the folder with --data; docs/benchmarks.md says'
+      f'{name} is not in {folder}: give the folder with --data; docs/data.md says'
       ' where the file comes from'
     )
   return path
@@ -170,8 +167,8 @@ def read_words(name: str, folder: Path, vocabulary: int) -> Text:
 def language_model(
   preset_name: str, read: Callable[[Path], Text], folder: Path
 ) -> Problem:
-  """Next-token prediction with the example's LLaMA-style model."""
-  preset: Preset = PRESETS[preset_name]
+  """Next-token prediction with a LLaMA-style model."""
+  preset = PRESETS[preset_name]
   text = read(folder)
   init, module = functional(lambda rngs: Llama(preset.model, rngs=rngs))
 

@@ -1,37 +1,32 @@
-"""The Bulk-Space-Filtration-Accelerator as an Optax transformation."""
+"""The Bulk-Space-Filtration-Accelerator as Optax transformations."""
 
 from bsfa_optax import diagnostics as diagnostics
-from bsfa_optax._alias import bsfa_adamw
-from bsfa_optax._blocks import block_names
-from bsfa_optax._estimator import Estimator
-from bsfa_optax._filter import accelerate, AccelerateState, bsfa, BSFAState
-from bsfa_optax._format import check_state_format, state_format
-from bsfa_optax._interpolated import bulk_only, dominant_only, interpolated
-from bsfa_optax._sharding import abstract_state, state_shardings
-from bsfa_optax._split import split_by_subspace, SplitState
-from bsfa_optax._stack import state_bytes
+from bsfa_optax import estimators as estimators
+from bsfa_optax import state as state
+from bsfa_optax._learned import FilterState
 from bsfa_optax.estimators import dct, hessian_lanczos, kronecker, pca
+from bsfa_optax.filter import (
+  accelerate,
+  bsfa,
+  bsfa_adamw,
+  interpolated,
+  split_by_subspace,
+)
+from bsfa_optax.state import summary
+from bsfa_optax.whitening import muon_dimension_numbers, scale_by_whitening
 
 __all__ = [
-  'AccelerateState',
-  'BSFAState',
-  'Estimator',
-  'SplitState',
-  'abstract_state',
+  'FilterState',
   'accelerate',
-  'block_names',
   'bsfa',
   'bsfa_adamw',
-  'bulk_only',
-  'check_state_format',
   'dct',
-  'dominant_only',
   'hessian_lanczos',
   'interpolated',
   'kronecker',
+  'muon_dimension_numbers',
   'pca',
+  'scale_by_whitening',
   'split_by_subspace',
-  'state_bytes',
-  'state_format',
-  'state_shardings',
+  'summary',
 ]

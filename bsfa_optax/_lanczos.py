@@ -9,19 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsfa_optax import _blocks, _linalg, _stack, _svd
+from bsfa_optax import _linalg, _vectors
+from bsfa_optax._leaves import Layout, Vector
 
-Matvec = Callable[[_svd.Leaves], _svd.Leaves]
+Matvec = Callable[[Vector], Vector]
 
 
 def top_eigenpairs(
-  parts: _blocks.Blocks,
+  layout: Layout,
   matvec: Matvec,
-  warm_start: _svd.Leaves,
+  warm_start: Vector,
   iterations: int,
   key: jax.Array,
   tolerance: float,
-) -> tuple[jax.Array, _svd.Leaves]:
+) -> tuple[jax.Array, Vector]:
   """The Lanczos method for all blocks at once, orthogonalised twice in every iteration.
 
   Every vector has the shapes of the leaves, and so their sharding: unlike
@@ -32,9 +33,9 @@ def top_eigenpairs(
   entries find the whole spectrum.
 
   Args:
-    parts: the blocks.
+    layout: the layout.
     matvec: products of every block's matrix A with the vector in the block: from leaves
-      as `parts.select` gives them to leaves of the same shapes and dtypes.
+      as `layout.select` gives them to leaves of the same shapes and dtypes.
     warm_start: for each leaf a stack of as many rows as eigenpairs are wanted, near the
       eigenvectors, in the dtype to work in; zeros for a block without one.
     iterations: dimensions of the searched space (one product each), more than rows.
@@ -53,13 +54,13 @@ def top_eigenpairs(
   like = [x[0] for x in warm_start]
 
   def norm(w):
-    return jnp.sqrt(_stack.block_squared_norm(parts, w)).astype(dtype)
+    return jnp.sqrt(_vectors.squared_norms(layout, w)).astype(dtype)
 
   def along(rows, w):
-    return _svd.contract(parts, rows, [x[None] for x in w])[:, :, 0]  # (blocks, m)
+    return _vectors.inner(layout, rows, [x[None] for x in w])[:, :, 0]  # (blocks, m)
 
   def reject(w, rows):
-    inside = _svd.combine(parts, along(rows, w)[:, None], rows)
+    inside = _vectors.mix(layout, along(rows, w)[:, None], rows)
     return [x - y[0] for x, y in zip(w, inside, strict=True)]
 
   is_warm = norm(like) > 0
@@ -67,31 +68,33 @@ def top_eigenpairs(
   def body(j, carry):
     rows, w, products, exists = carry
     given = [jax.lax.dynamic_index_in_dim(x, j, 0, False) for x in warm_start]
-    w_or_given = select(parts, is_warm & (j < rank), given, w)
+    w_or_given = _vectors.select(layout, is_warm & (j < rank), given, w)
     new, size = reject(w_or_given, rows), norm(w_or_given)
     rest = norm(new)
     usable = (rest > 32 * eps * size) & jnp.isfinite(rest)  # else it is rounding
-    other = random_unit(parts, like, jax.random.fold_in(key, j))
-    new = select(parts, usable, scale(parts, new, _reciprocal(rest)), other)
+    other = _vectors.random_unit(layout, like, jax.random.fold_in(key, j))
+    new = _vectors.select(
+      layout, usable, _vectors.scale(layout, new, _reciprocal(rest)), other
+    )
     new = reject(new, rows)
     rest = norm(new)
     found = rest > jnp.sqrt(eps)  # else the rows span the whole block
-    new = scale(parts, new, jnp.where(found, _reciprocal(rest), 0))
+    new = _vectors.scale(layout, new, jnp.where(found, _reciprocal(rest), 0))
     rows = [
       jax.lax.dynamic_update_index_in_dim(r, x, j, 0)
       for r, x in zip(rows, new, strict=True)
     ]
     product = matvec(new)
     total = [x + y for x, y in zip(w, product, strict=True)]
-    w = select(parts, is_warm & (j < rank), total, product)
+    w = _vectors.select(layout, is_warm & (j < rank), total, product)
     products = jax.lax.dynamic_update_index_in_dim(products, along(rows, product), j, 2)
     exists = jax.lax.dynamic_update_index_in_dim(exists, found, j, 1)
     return rows, w, products, exists
 
   rows = [jnp.broadcast_to(jnp.zeros_like(x), (m, *x.shape)) for x in like]
   w = [jnp.zeros_like(x) for x in like]
-  products = jnp.zeros((parts.count, m, m), dtype)
-  exists = jnp.zeros((parts.count, m), bool)
+  products = jnp.zeros((layout.count, m, m), dtype)
+  exists = jnp.zeros((layout.count, m), bool)
   rows, _, products, exists = jax.lax.fori_loop(0, m, body, (rows, w, products, exists))
 
   # Column j holds the products of A q_j with q_i, i <= j: the upper triangle of the
@@ -111,65 +114,8 @@ def top_eigenpairs(
   noise = max(tolerance, 32 * float(eps)) * size.max(1, keepdims=True)
   values = jnp.where(size > noise, values, 0)[:, :rank]
   vectors = jnp.where(present[:, :, None], vectors, 0)[:, :rank]
-  basis = _svd.combine(parts, vectors, rows)
+  basis = _vectors.mix(layout, vectors, rows)
   return jnp.where(finite[:, None], values, jnp.nan), basis
-
-
-def block_by_block(parts: _blocks.Blocks, matvec: Matvec) -> Matvec:
-  """Products with the diagonal blocks of a matrix, from one with all of it for each."""
-  if parts.count == 1:
-    return matvec
-
-  def products(leaves):
-    def add(out, index):
-      here = jnp.arange(parts.count) == index
-      zeros = [jnp.zeros_like(x) for x in leaves]
-      product = matvec(select(parts, here, leaves, zeros))
-      return select(parts, here, product, out), None
-
-    zeros = [jnp.zeros_like(x) for x in leaves]
-    return jax.lax.scan(add, zeros, jnp.arange(parts.count))[0]
-
-  return products
-
-
-def random_unit(
-  parts: _blocks.Blocks, like: _svd.Leaves, key: jax.Array
-) -> _svd.Leaves:
-  """A random vector in every block, of norm about 1."""
-  keys = jax.random.split(key, len(like))
-  leaves = [
-    jax.random.normal(
-      k,
-      x.shape,
-      _stack.accumulator(x.dtype),
-      out_sharding=_stack.sharding_of(x, _stack.spec_of(x)),
-    )
-    for k, x in zip(keys, like, strict=True)
-  ]
-  return scale(parts, leaves, jnp.array(parts.sizes, jnp.float32) ** -0.5)
-
-
-def scale(
-  parts: _blocks.Blocks, leaves: _svd.Leaves, factors: jax.Array
-) -> _svd.Leaves:
-  """Every block times its factor, (blocks,)."""
-  return [
-    x * _stack.expand(s.astype(x.dtype), x, axes)
-    for x, s, axes in zip(leaves, parts.scatter(factors), parts.batch_axes, strict=True)
-  ]
-
-
-def select(
-  parts: _blocks.Blocks, which: jax.Array, new: _svd.Leaves, old: _svd.Leaves
-) -> _svd.Leaves:
-  """The blocks of `new` where `which`, (blocks,), is true, else those of `old`."""
-  return [
-    jnp.where(_stack.expand(s, x, axes), x, y)
-    for s, x, y, axes in zip(
-      parts.scatter(which), new, old, parts.batch_axes, strict=True
-    )
-  ]
 
 
 def _reciprocal(x: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
-"""Decompositions of batches of small matrices that are safe on every platform."""
+"""Batches of small matrices, decomposed safely on every platform."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -34,3 +35,39 @@ def inverse_cholesky(gram: jax.Array) -> jax.Array:
   factor = jnp.linalg.cholesky(gram)
   eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
   return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+
+
+LARGE = 2**22  # entries: more at once gain no speed, only need memory
+
+
+def by_size(function: Callable, matrices: list[jax.Array]) -> list[Any]:
+  """Applies a function of `(batch, n, n)` to arrays of matrices `(..., n, n)`.
+
+  All matrices of one size are one batch; a large one goes through in portions.
+
+  Args:
+    function: returns an array, or a tree of arrays, with the batch axis first.
+    matrices: arrays of any batch shapes.
+
+  Returns:
+    For each array what `function` gives, with its own batch axes.
+  """
+  out: list[Any] = [None] * len(matrices)
+  for n in sorted({x.shape[-1] for x in matrices}):
+    members = [i for i, x in enumerate(matrices) if x.shape[-1] == n]
+    batch = jnp.concatenate([matrices[i].reshape(-1, n, n) for i in members])
+    portion = max(LARGE // n**2, 1)
+    if len(batch) <= portion:
+      found = function(batch)
+    else:
+      single = lambda x: jax.tree.map(lambda y: y[0], function(x[None]))
+      found = jax.lax.map(single, batch, batch_size=portion)
+    start = 0
+    for i in members:
+      shape = matrices[i].shape[:-2]
+      stop = start + math.prod(shape)
+      out[i] = jax.tree.map(
+        lambda x, a=start, b=stop, s=shape: x[a:b].reshape(*s, *x.shape[1:]), found
+      )
+      start = stop
+  return out

@@ -15,23 +15,22 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bsfa_optax import _blocks, _linalg, _stack
+from bsfa_optax import _linalg, _vectors
+from bsfa_optax._leaves import Layout, Vector
 
 OVERSAMPLING = 8
 POWER_ITERATIONS = 2
-
-Leaves = list[jax.Array]  # a stack (rows, *shape) for each leaf that is in a block
 
 
 class Rows(NamedTuple):
   """The matrix A = mix @ rows of each block, (r, size of the block)."""
 
-  parts: _blocks.Blocks
-  stacks: tuple[Leaves, ...]  # stood on top of each other: n rows in all
+  layout: Layout
+  stacks: tuple[Vector, ...]  # stood on top of each other: n rows in all
   mix: jax.Array  # (blocks, r, n)
 
-  def _contract(self, a: Leaves, b: Leaves) -> jax.Array:
-    return contract(self.parts, a, b).astype(self.mix.dtype)
+  def _contract(self, a: Vector, b: Vector) -> jax.Array:
+    return _vectors.inner(self.layout, a, b).astype(self.mix.dtype)
 
   def gram(self) -> jax.Array:
     """A A^T, (blocks, r, r)."""
@@ -43,38 +42,23 @@ class Rows(NamedTuple):
     inner = jnp.concatenate([jnp.concatenate(row, axis=2) for row in products], axis=1)
     return self.mix @ inner @ jnp.matrix_transpose(self.mix)
 
-  def dot(self, other: Leaves) -> jax.Array:
+  def dot(self, other: Vector) -> jax.Array:
     """A B^T for a stack B of q rows, (blocks, r, q)."""
     inner = [self._contract(a, other) for a in self.stacks]
     return self.mix @ jnp.concatenate(inner, axis=1)
 
-  def combine(self, weights: jax.Array) -> Leaves:
+  def combine(self, weights: jax.Array) -> Vector:
     """W A for weights (blocks, q, r), as a stack of q rows."""
     weights = weights @ self.mix
     parts, start = [], 0
     for stack in self.stacks:
       stop = start + stack[0].shape[0]
-      parts.append(combine(self.parts, weights[:, :, start:stop], stack))
+      parts.append(_vectors.mix(self.layout, weights[:, :, start:stop], stack))
       start = stop
     return [functools.reduce(operator.add, leaf) for leaf in zip(*parts, strict=True)]
 
 
-def contract(parts: _blocks.Blocks, a: Leaves, b: Leaves) -> jax.Array:
-  """A B^T for stacks of r and q rows, (blocks, r, q)."""
-  return parts.gather(
-    [_stack.contract(*x) for x in zip(a, b, parts.batch_axes, strict=True)], 2
-  )
-
-
-def combine(parts: _blocks.Blocks, weights: jax.Array, stacks: Leaves) -> Leaves:
-  """W A for weights (blocks, q, r) and a stack A of r rows, as a stack of q rows."""
-  return [
-    _stack.combine(*x)
-    for x in zip(parts.scatter(weights), stacks, parts.batch_axes, strict=True)
-  ]
-
-
-def gram_svd(a: Rows, rank: int) -> tuple[jax.Array, Leaves]:
+def gram_svd(a: Rows, rank: int) -> tuple[jax.Array, Vector]:
   """The top right singular vectors of A from the eigenvectors of A A^T.
 
   Returns:
@@ -83,12 +67,12 @@ def gram_svd(a: Rows, rank: int) -> tuple[jax.Array, Leaves]:
   """
   variance, left = _top(a.gram(), rank)
   inverse = _masked_reciprocal(jnp.sqrt(variance))
-  return variance, orthonormalize(a.parts, a.combine(inverse[:, :, None] * left))
+  return variance, orthonormalize(a.layout, a.combine(inverse[:, :, None] * left))
 
 
 def randomized_svd(
-  a: Rows, rank: int, warm_start: Leaves, key: jax.Array
-) -> tuple[jax.Array, Leaves]:
+  a: Rows, rank: int, warm_start: Vector, key: jax.Array
+) -> tuple[jax.Array, Vector]:
   """The top right singular vectors of A by a randomized range finder.
 
   Halko, Martinsson, Tropp (2011), with the sketch taken from the left, so that it
@@ -116,8 +100,8 @@ def randomized_svd(
   found, sketch, inverse = _orthonormal_range(a, sketch)
   variance, right = _top(sketch @ jnp.matrix_transpose(sketch), rank)
   present = (variance > 0).astype(variance.dtype)[:, :, None]
-  rows = combine(a.parts, (present * right) @ inverse, found)
-  return variance, orthonormalize(a.parts, rows)
+  rows = _vectors.mix(a.layout, (present * right) @ inverse, found)
+  return variance, orthonormalize(a.layout, rows)
 
 
 def cheaper_solver(rank: int, rows: int) -> Literal['gram', 'randomized']:
@@ -132,13 +116,13 @@ def cheaper_solver(rank: int, rows: int) -> Literal['gram', 'randomized']:
 
 def _orthonormal_range(
   a: Rows, sketch: jax.Array
-) -> tuple[Leaves, jax.Array, jax.Array]:
+) -> tuple[Vector, jax.Array, jax.Array]:
   """Y = W A, then Q A^T for Q = R^-1 Y with orthonormal rows, and R^-1."""
   # Only the span of W counts. With orthonormal rows, Y spreads over no more orders of
   # magnitude than A, and less of it is lost to the shift of its Gram matrix.
   sketch = _inverse_cholesky(sketch @ jnp.matrix_transpose(sketch)) @ sketch
   found = a.combine(sketch)
-  gram = contract(a.parts, found, found).astype(sketch.dtype)
+  gram = _vectors.inner(a.layout, found, found).astype(sketch.dtype)
   inverse = _inverse_cholesky(gram)
   return found, inverse @ jnp.matrix_transpose(a.dot(found)), inverse
 
@@ -161,16 +145,23 @@ def _inverse_cholesky(gram: jax.Array) -> jax.Array:
   """R^-1 with R R^T = gram, shifted so that a singular matrix is no error."""
   n = gram.shape[-1]
   trace = jnp.trace(gram, axis1=1, axis2=2)[:, None, None]
-  shift = jnp.where(trace > 0, 8 * n * jnp.finfo(gram.dtype).eps * trace, 1)
-  return _linalg.inverse_cholesky(gram + shift * jnp.eye(n, dtype=gram.dtype)[None])
+  some = trace > jnp.finfo(gram.dtype).tiny
+  # Of unit trace, as the shift of a tiny Gram matrix would underflow.
+  size = jnp.where(some, trace, 1)
+  shift = jnp.where(some, 8 * n * jnp.finfo(gram.dtype).eps, 1)
+  eye = jnp.eye(n, dtype=gram.dtype)[None]
+  inverse = _linalg.inverse_cholesky(gram / size + shift * eye)
+  # Where products underflowed the matrix may be indefinite: no direction can be told.
+  inverse = jnp.where(jnp.isfinite(inverse).all((1, 2), keepdims=True), inverse, 0)
+  return inverse / jnp.sqrt(size)
 
 
-def orthonormalize(parts: _blocks.Blocks, rows: Leaves) -> Leaves:
+def orthonormalize(layout: Layout, rows: Vector) -> Vector:
   """Makes nearly orthonormal rows orthonormal to rounding; zero rows stay zero."""
-  gram = contract(parts, rows, rows)
+  gram = _vectors.inner(layout, rows, rows)
   eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
   absent = jnp.diagonal(gram, axis1=1, axis2=2)[:, :, None] == 0
   inverse = _linalg.inverse_cholesky(gram + jnp.where(absent, eye, 0))
   # Rows too far from orthonormal have no factor: better kept as they are.
   inverse = jnp.where(jnp.isfinite(inverse).all((1, 2), keepdims=True), inverse, eye)
-  return combine(parts, inverse, rows)
+  return _vectors.mix(layout, inverse, rows)

@@ -1,424 +1,200 @@
-"""Trains a small LLaMA-style model with AdamW, with BSFA + AdamW and with Muon.
+"""Trains a small LLaMA with AdamW, BSFA and Muon on the same bytes, and compares them.
 
-All start from the same weights and see the same data in the same order. AdamW is also
-trained longer, to say how many AdamW steps the final loss of each contender is worth.
+Ctrl-C saves and prints the command that goes on. Example, with a text of your own:
+  python train_llama.py --optimizer adamw bsfa --data book.txt --output runs/book
 """
 
 import argparse
-from collections.abc import Callable, Sequence
-import os
+import json
 from pathlib import Path
-import platform
 import shlex
+import signal
 import sys
+import sysconfig
 import time
-from typing import Any, NamedTuple
 
-from checkpoints import Checkpoints, fingerprint, StopSignals
-from command_line import make_parser, Parser, prepare_output
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from llama import Llama, LlamaConfig, next_token_loss
+from matplotlib.figure import Figure
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import report
-from text import read_files, standard_library, Text, training_batch, validation_batches
 from tqdm import tqdm
 
 import bsfa_optax
 
-
-class Preset(NamedTuple):
-  """A model and how much it sees in a step."""
-
-  model: LlamaConfig
-  context: int
-  rows: int  # sequences a step
-  steps: int
-  warmup: int
-  validation_batches: int
-  splits: int = 1  # parts in which a step's rows go through the model, to fit in memory
+HEAD, LAYERS, ROWS, CONTEXT = 24, 3, 32, 64
+LOOK_EVERY, SAVE_EVERY = 10, 100  # steps
+RATES = {'adamw': 8e-3, 'bsfa': 3.2e-2, 'muon': 2e-2}  # each the best of a sweep
 
 
-PRESETS = {
-  'toy': Preset(
-    LlamaConfig(vocabulary=256, width=16, layers=1, heads=2, feedforward=32),
-    context=16,
-    rows=4,
-    steps=6,
-    warmup=2,
-    validation_batches=2,
-  ),
-  'small': Preset(
-    LlamaConfig(vocabulary=256, width=96, layers=3, heads=4, feedforward=256),
-    context=64,
-    rows=32,
-    steps=300,
-    warmup=30,
-    validation_batches=64,
-  ),
-  'llama-72m': Preset(
-    LlamaConfig(
-      50_304, width=410, layers=16, heads=10, feedforward=1036, dtype='bfloat16'
-    ),
-    context=150,
-    rows=240,
-    steps=50_000,
-    warmup=500,
-    validation_batches=64,
-  ),
-  'llama-134m': Preset(
-    LlamaConfig(
-      50_304, width=768, layers=6, heads=12, feedforward=3072, dtype='bfloat16'
-    ),
-    context=1024,
-    rows=480,
-    steps=50_000,
-    warmup=500,
-    validation_batches=64,
-    splits=16,
-  ),
-}
-
-# Peak learning rates. Those of `small` are the best of a sweep for each contender. For
-# the larger presets AdamW's is the literature's; the others await a sweep of their own.
-LEARNING_RATES = {
-  'toy': {'adamw': 1e-2, 'bsfa': 1e-2, 'muon': 1e-2},
-  'small': {'adamw': 8e-3, 'bsfa': 3.2e-2, 'muon': 2e-2},
-  'llama-72m': {'adamw': 6e-4, 'bsfa': 6e-4, 'muon': 6e-4},
-  'llama-134m': {'adamw': 6e-4, 'bsfa': 6e-4, 'muon': 6e-4},
-}
-CONTENDERS = tuple(LEARNING_RATES['small'])
-
-READ_EVERY = 10  # steps between two looks at the losses: each look waits for the device
+def rotate(x):  # rotary positions of (row, position, head, feature)
+  first, second = jnp.split(x, 2, axis=-1)
+  frequency = 10_000.0 ** -jnp.linspace(0, 1, HEAD // 2, endpoint=False)
+  angle = jnp.tile(jnp.arange(CONTEXT)[:, None] * frequency, 2)[None, :, None]
+  return x * jnp.cos(angle) + jnp.concatenate([-second, first], -1) * jnp.sin(angle)
 
 
-def in_layer(path: tuple, leaf: jax.Array) -> bool:
-  """Whether Muon and BSFA take the leaf: the layers' matrices, as Muon's authors do."""
-  return path[0].key == 'layers' and leaf.ndim == 2
+class Layer(nnx.Module):
+  def __init__(self, width, rngs):
+    linear = lambda *sizes: nnx.Linear(*sizes, use_bias=False, rngs=rngs)
+    self.norm, self.mlp_norm = (nnx.RMSNorm(width, rngs=rngs) for _ in range(2))
+    self.q, self.k, self.v, self.out = (linear(width, width) for _ in range(4))
+    self.gate, self.up = (linear(width, 8 * width // 3) for _ in range(2))
+    self.down = linear(8 * width // 3, width)
+
+  def __call__(self, x):
+    h, split = self.norm(x), (*x.shape[:-1], -1, HEAD)
+    q, k, v = (f(h).reshape(split) for f in (self.q, self.k, self.v))
+    mixed = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+    x = x + self.out(mixed.reshape(x.shape))
+    h = self.mlp_norm(x)
+    return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
 
 
-def muon_matrices(params: Any) -> Any:
-  """Tells Muon the matrices to orthogonalise; AdamW takes the rest."""
-  matrix = optax.contrib.MuonDimensionNumbers()
-  return jax.tree.map_with_path(
-    lambda path, leaf: matrix if in_layer(path, leaf) else None, params
-  )
+def make_optimizer(name, rate, steps):
+  """Muon and BSFA take the matrices of the layers, Adam the rest."""
+  schedule = optax.warmup_cosine_decay_schedule(0, rate, steps // 10, steps, rate / 20)
+  options = {'weight_decay': 0.1, 'adam_b2' if name == 'muon' else 'b2': 0.95}
+
+  def matrices(value):
+    chosen = lambda path, leaf: 0 < path[1].key <= LAYERS and leaf.ndim == 2
+    of_leaf = lambda path, leaf: value(path) if chosen(path, leaf) else None
+    return lambda params: jax.tree.map_with_path(of_leaf, params)
+
+  tx = optax.adamw(schedule, **options) if name == 'adamw' else None
+  if name == 'bsfa':
+    estimator = bsfa_optax.kronecker(blocks=matrices(jax.tree_util.keystr))
+    tx = bsfa_optax.bsfa_adamw(schedule, **options, estimator=estimator)
+  elif name == 'muon':
+    numbers = matrices(lambda path: optax.contrib.MuonDimensionNumbers())
+    options |= {'adam_weight_decay': 0.1, 'muon_weight_dimension_numbers': numbers}
+    tx = optax.contrib.muon(schedule, **options, consistent_rms=0.2)  # size of Adam's
+  return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
 
-def bsfa_blocks(params: Any) -> Any:
-  """Tells BSFA the matrices to filter: their names, None for the rest."""
-  return jax.tree.map_with_path(
-    lambda path, leaf: (
-      jax.tree_util.keystr(path, simple=True, separator='/')
-      if in_layer(path, leaf)
-      else None
-    ),
-    params,
-  )
+def read_text(files):
+  """Bytes to train on; and of one part in ten, to validate with."""
+  files = files or sorted(Path(sysconfig.get_path('stdlib')).glob('*.py'))
+  text = np.frombuffer(b'\n'.join(file.read_bytes() for file in files), np.uint8)
+  training = np.arange(len(text)) * 100 // len(text) % 10 > 0
+  return text[training].astype(np.int32), text[~training].astype(np.int32)
 
 
-def make_optimizer(
-  contender: str, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-  """The contenders, alike in everything but the method."""
-  if contender == 'adamw':
-    optimizer = optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=0.1)
-  elif contender == 'bsfa':
-    optimizer = bsfa_optax.bsfa_adamw(
-      learning_rate,
-      b1=0.9,
-      b2=0.95,
-      weight_decay=0.1,
-      estimator=bsfa_optax.kronecker(blocks=bsfa_blocks),
-    )
-  else:
-    optimizer = optax.contrib.muon(
-      learning_rate,
-      weight_decay=0.1,
-      adam_b1=0.9,
-      adam_b2=0.95,
-      adam_weight_decay=0.1,
-      muon_weight_dimension_numbers=muon_matrices,
-      consistent_rms=0.2,  # the size of AdamW's, so that one learning rate fits both
-    )
-  return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+def train(name, rate, args, text, validation, stop):
+  """Trains from the last checkpoint to the end, or to where `stop` is set."""
+
+  def draw(text, count, *seed):
+    starts = np.random.default_rng(seed).integers(0, len(text) - CONTEXT, (count, 1))
+    return text[starts + np.arange(CONTEXT + 1)]
+
+  width, rngs = HEAD * args.heads, nnx.Rngs(args.seed)
+  layers = [Layer(width, rngs) for _ in range(LAYERS)]
+  last = nnx.RMSNorm(width, rngs=rngs), nnx.Linear(width, 256, rngs=rngs)
+  model = nnx.Sequential(nnx.Embed(256, width, rngs=rngs), *layers, *last)
+  graph, params = nnx.graphdef(model), nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  tx = make_optimizer(name, rate, args.steps)
+  state = params, jax.jit(tx.init)(params)
+  run = {'optimizer': name, 'learning_rate': rate, 'losses': [], 'seconds': [0]}
+
+  def loss_fn(params, rows):
+    logits = nnx.merge(graph, params)(rows[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
+
+  def step(state, rows):
+    loss, gradient = jax.value_and_grad(loss_fn)(state[0], rows)
+    updates, opt_state = tx.update(gradient, state[1], state[0])
+    return (optax.apply_updates(state[0], updates), opt_state), loss
+
+  step = jax.jit(step, donate_argnums=0).lower(state, draw(text, ROWS, 0)).compile()
+  options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=SAVE_EVERY)
+  folder = Path.cwd() / args.output / name
+  with ocp.CheckpointManager(folder, options=options) as manager:
+    if manager.latest_step() is not None:
+      like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+      items = {'state': ocp.args.StandardRestore(like), 'run': ocp.args.JsonRestore()}
+      saved = manager.restore(manager.latest_step(), args=ocp.args.Composite(**items))
+      state, run = saved['state'], saved['run']
+    ending, done = False, len(run['losses'])
+    with tqdm(total=args.steps, initial=done, desc=name, unit='step') as bar:
+      while done < args.steps and not ending:
+        begin, ending, losses = time.perf_counter(), bool(stop), []
+        for number in range(done, min(done + LOOK_EVERY, args.steps)):
+          state, loss = step(state, draw(text, ROWS, args.seed, number))
+          losses.append(loss)
+        run['losses'] += map(float, losses)
+        run['seconds'] += [run['seconds'][-1] + time.perf_counter() - begin]
+        done = len(run['losses'])
+        bar.set_postfix(loss=f'{run["losses"][-1]:.4f}', refresh=False)
+        bar.update(len(losses))
+        items = {'state': ocp.args.StandardSave(state), 'run': ocp.args.JsonSave(run)}
+        forced = ending or done == args.steps
+        manager.save(done, args=ocp.args.Composite(**items), force=forced)
+        manager.wait_until_finished()  # the next step donates the arrays
+  run['validation_loss'] = float(jax.jit(loss_fn)(state[0], draw(validation, 1024, 0)))
+  return run
 
 
-class Run(NamedTuple):
-  """One training run of the job."""
-
-  contender: str
-  horizon: float  # in units of the job's number of steps
-  steps: int
-  learning_rate: float
-
-  @property
-  def name(self) -> str:
-    return f'{self.contender}-{self.steps}'
-
-
-class Interrupted(Exception):
-  """The user asked to stop, and what was trained so far is saved."""
-
-
-class Trainer:
-  """Trains one run after the other on the same text, from the same initial weights."""
-
-  def __init__(
-    self, preset: Preset, text: Text, seed: int, output: Path, checkpoint_every: int
-  ):
-    self.preset = preset
-    self.text = text
-    self.seed = seed
-    self.output = output
-    self.checkpoint_every = checkpoint_every
-    self.stop = StopSignals()
-    self._graph = nnx.graphdef(nnx.eval_shape(self._model))
-    self._validation = validation_batches(
-      text.validation,
-      preset.rows // preset.splits,
-      preset.context,
-      preset.validation_batches,
-    )
-    self._evaluate = jax.jit(
-      lambda params, batches: jax.lax.map(
-        lambda rows: self._loss(params, rows), batches
-      )
-    )
-
-  def _model(self) -> Llama:
-    return Llama(self.preset.model, rngs=nnx.Rngs(self.seed))
-
-  def _loss(self, params: Any, batch: jax.Array) -> jax.Array:
-    return next_token_loss(nnx.merge(self._graph, params), batch)
-
-  def _make_step(self, optimizer: optax.GradientTransformation) -> Callable:
-    def step(params, opt_state, batch):
-      # batch: (splits, rows, context + 1); the gradient is the mean over the splits.
-      def add(total, rows):
-        part = jax.value_and_grad(self._loss)(params, rows)
-        return jax.tree.map(jnp.add, total, part), None
-
-      first = jax.value_and_grad(self._loss)(params, batch[0])
-      total, _ = jax.lax.scan(add, first, batch[1:])
-      loss, gradient = jax.tree.map(lambda x: x / len(batch), total)
-      updates, opt_state = optimizer.update(gradient, opt_state, params)
-      params = optax.apply_updates(params, updates)
-      fraction = optax.tree.get(opt_state, 'dominant_fraction')  # None without BSFA
-      return params, opt_state, (loss, fraction)
-
-    return jax.jit(step, donate_argnums=(0, 1))
-
-  def _batch(self, step: int) -> np.ndarray:
-    preset = self.preset
-    batch = training_batch(
-      self.text.train, preset.rows, preset.context, self.seed, step
-    )
-    return batch.reshape(preset.splits, -1, preset.context + 1)
-
-  def train(self, run: Run) -> report.Result:
-    """Trains a run to its end, from its last checkpoint if it has one."""
-    checkpoints = Checkpoints(self.output / 'checkpoints' / run.name)
-    try:
-      record = checkpoints.record()
-      if record is None or record['step'] < run.steps:
-        record = self._train(run, record, checkpoints)
-    finally:
-      checkpoints.close()
-    return report.summarize(record | run._asdict())
-
-  def _train(self, run: Run, record: dict | None, checkpoints: Checkpoints) -> dict:
-    peak, warmup = run.learning_rate, min(self.preset.warmup, run.steps // 2)
-    schedule = optax.warmup_cosine_decay_schedule(
-      0.0, peak, warmup, run.steps, peak / 20
-    )
-    optimizer = make_optimizer(run.contender, schedule)
-    params = nnx.to_pure_dict(nnx.state(self._model(), nnx.Param))
-    opt_state = jax.jit(optimizer.init)(params)
-    if record:
-      restored = checkpoints.restore(params=params, opt_state=opt_state)
-      params, opt_state = restored['params'], restored['opt_state']
-    else:
-      state_bytes = bsfa_optax.state_bytes(optimizer, params)
-      parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-      record = {
-        'step': 0,
-        'losses': [],
-        'seconds': [],  # (step, seconds of training so far)
-        'step_seconds': [],  # means over READ_EVERY steps
-        'dominant_fraction': [],  # (step, one value a block)
-        'block_names': bsfa_optax.block_names(params, bsfa_blocks)
-        if run.contender == 'bsfa'
-        else [],
-        'parameters': parameters,
-        'state_bytes': state_bytes,
-        'state_bytes_per_parameter': state_bytes / parameters,
-      }
-    start = time.perf_counter()
-    step = self._make_step(optimizer).lower(params, opt_state, self._batch(0)).compile()
-    record.setdefault('compile_seconds', time.perf_counter() - start)
-
-    pending: list[tuple[jax.Array, jax.Array | None]] = []
-    bar = tqdm(
-      total=run.steps, initial=record['step'], desc=run.name, unit='step', disable=None
-    )
-    read_at = time.perf_counter()
-
-    def read() -> None:
-      """Fetches the losses since the last look and brings the record up to date."""
-      nonlocal read_at
-      values = jax.device_get(pending)
-      seconds = time.perf_counter() - read_at
-      record['step'] += len(values)
-      record['losses'] += [float(loss) for loss, _ in values]
-      before = record['seconds'][-1][1] if record['seconds'] else 0.0
-      record['seconds'].append([record['step'], before + seconds])
-      record['step_seconds'].append(seconds / len(values))
-      fraction = values[-1][1]
-      if fraction is not None:
-        record['dominant_fraction'].append([record['step'], fraction.tolist()])
-      bar.set_postfix(loss=f'{record["losses"][-1]:.4f}', refresh=False)
-      bar.update(len(values))
-      if bar.disable:
-        self._print_progress(run, record, len(values))
-      pending.clear()
-      read_at = time.perf_counter()
-
-    with bar:
-      for number in range(record['step'], run.steps):
-        params, opt_state, metrics = step(params, opt_state, self._batch(number))
-        pending.append(metrics)
-        done = number + 1
-        stop = self.stop.received is not None  # asked once: it may change any time
-        due = done % self.checkpoint_every == 0 or stop
-        if done % READ_EVERY == 0 or due or done == run.steps:
-          read()
-        if due and done < run.steps:
-          checkpoints.save(done, record, params=params, opt_state=opt_state)
-          read_at = time.perf_counter()
-        if stop and done < run.steps:
-          raise Interrupted
-    losses = self._evaluate(params, self._validation)
-    record['validation_loss'] = float(np.mean(jax.device_get(losses), dtype=np.float64))
-    record['weights_sha256'] = fingerprint(params)
-    checkpoints.save(run.steps, record, params=params)
-    if self.stop.received:
-      raise Interrupted
-    return record
-
-  def _print_progress(self, run: Run, record: dict, new_steps: int) -> None:
-    """Without a terminal: one line at about every tenth of the run."""
-    done, tenth = record['step'], max(1, run.steps // 10)
-    if done // tenth > (done - new_steps) // tenth:
-      print(
-        f'{run.name}: {done}/{run.steps} steps, loss {record["losses"][-1]:.4f}, '
-        f'{1 / record["step_seconds"][-1]:.1f} steps/s',
-        file=sys.stderr,
-        flush=True,
-      )
+def show(runs, output):
+  """The table, loss.png and results.json."""
+  line = '{:10}{:<10}{:<13}{:<18}{}'.format
+  print(line('', 'rate', 'train loss', 'validation loss', 'ms a step'))
+  axes = (figure := Figure(layout='constrained')).subplots()
+  for run in runs:
+    means = [x.mean() for x in np.array_split(run['losses'], len(run['seconds']) - 1)]
+    cells = [f'{x:.4f}' for x in (np.mean(run['losses'][-50:]), run['validation_loss'])]
+    cells.append(f'{1e3 / LOOK_EVERY * np.median(np.diff(run["seconds"])):.1f}')
+    print(line(run['optimizer'], run['learning_rate'], *cells))
+    axes.plot(LOOK_EVERY * np.arange(1, len(means) + 1), means, label=run['optimizer'])
+  axes.set(xlabel='step', ylim=(None, np.nan_to_num(means[len(means) // 10], nan=9)))
+  axes.legend(title='train loss')
+  figure.savefig(output / 'loss.png')
+  (output / 'results.json').write_text(json.dumps(runs, indent=1))
 
 
-def read_text(parser: Parser, args: argparse.Namespace, preset: Preset) -> Text:
-  """The text of --data, or an error message."""
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  add, several = parser.add_argument, {'nargs': '+', 'metavar': 'NAME'}
+  add('--optimizer', **several, choices=RATES, default=[*RATES], help=', '.join(RATES))
+  add('--learning-rate', nargs='+', type=float, metavar='RATE', help='for each of them')
+  add('--data', **several, type=Path, help="text (Python's standard library)")
+  add('--steps', type=int, default=300, help='of each optimizer (300)')
+  add('--heads', type=int, default=4, help='size of the model (4)')
+  add('--seed', type=int, default=0, help='of the weights and the batches (0)')
+  add('--output', type=Path, default=Path('runs/llama'), help='folder (runs/llama)')
+  add('--resume', action='store_true', help='go on with the run in --output')
+  args = parser.parse_args()
+  rates = args.learning_rate or [RATES[name] for name in args.optimizer]
+  if len(rates) != len(args.optimizer) or not all(0 < x < np.inf for x in rates):
+    parser.error('--learning-rate: give a positive number for each --optimizer')
+  if min(args.steps, args.heads, args.seed + 1) < 1:
+    parser.error('--steps and --heads begin at 1, --seed at 0')
+  config = json.dumps(vars(args) | {'resume': True}, default=str, indent=1)
+  path, runs, stop = args.output / 'config.json', [], []
   try:
-    text = read_files(args.data) if 'data' in args else standard_library()
-  except ValueError as error:
-    parser.error(f'argument --data: {error}')
-  shortest = min(len(text.train), len(text.validation))
-  if shortest <= preset.context:
-    parser.error(
-      f'argument --preset: the context of {args.preset!r}, {preset.context} tokens, is '
-      f'longer than the text: {len(text.train):,} bytes to train and '
-      f'{len(text.validation):,} to validate; give a longer text with --data'
-    )
-  return text
-
-
-def plan_runs(args: argparse.Namespace, steps: int) -> list[Run]:
-  """The contenders, then AdamW at the other horizons."""
-  rates = LEARNING_RATES[args.preset] | dict(getattr(args, 'learning_rate', ()))
-  plan = [(contender, 1.0) for contender in args.contenders]
-  plan += [('adamw', horizon) for horizon in args.horizons]
-  return [
-    Run(contender, horizon, max(1, round(horizon * steps)), rates[contender])
-    for contender, horizon in dict.fromkeys(plan)
-  ]
-
-
-def machine() -> dict:
-  """What the numbers were measured on."""
-  device = jax.devices()[0]
-  return {
-    'platform': device.platform,
-    'device_kind': device.device_kind,
-    'devices': jax.device_count(),
-    'cpu_cores': len(os.sched_getaffinity(0))
-    if hasattr(os, 'sched_getaffinity')
-    else os.cpu_count(),
-  }
-
-
-def versions() -> dict:
-  modules = {'jax': jax, 'optax': optax, 'orbax-checkpoint': ocp, 'numpy': np}
-  return {'python': platform.python_version()} | {
-    name: module.__version__ for name, module in modules.items()
-  }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the job; returns the exit status."""
-  parser = make_parser(__doc__, PRESETS, CONTENDERS)
-  arguments = sys.argv[1:] if argv is None else list(argv)
-  args = parser.parse_args(arguments)
-  preset = PRESETS[args.preset]
-  steps = getattr(args, 'steps', preset.steps)
-  text = read_text(parser, args, preset)
-  runs = plan_runs(args, steps)
-  config = {
-    'preset': args.preset,
-    'sizes': preset._asdict() | {'model': preset.model._asdict()},
-    'text': text.source,
-    'text_bytes': [len(text.train), len(text.validation)],
-    'text_fingerprint': text.fingerprint(),
-    'steps': steps,
-    'seed': args.seed,
-    'runs': {run.name: run.learning_rate for run in runs},
-  }
-  prepare_output(parser, args, config)
-
-  trainer = Trainer(preset, text, args.seed, args.output, args.checkpoint_every)
-  try:
-    results = [trainer.train(run) for run in runs]
-  except Interrupted:
-    again = [
-      argument for argument in arguments if argument not in ('--resume', '--overwrite')
-    ]
-    command = shlex.join([sys.executable, sys.argv[0], *again, '--resume'])
-    print(f'saved; continue with:\n{command}', file=sys.stderr)
-    return 128 + trainer.stop.received
-  finally:
-    trainer.stop.restore()
-
-  if args.horizons:
-    results = report.add_worth(results)
-  report.write_json(
-    args.output / 'results.json',
-    {'config': config, 'versions': versions(), 'machine': machine(), 'runs': results},
-  )
-  report.plot_losses(args.output / 'loss.png', results)
-  for result in results:
-    if result['dominant_fraction']:
-      report.plot_dominant_fraction(args.output / 'dominant_fraction.png', result)
-  print(report.table(results))
-  print(f'Written to {args.output}: results.json and the figures.')
-  return 0
+    text, validation = read_text(args.data)
+    if len(validation) <= CONTEXT:
+      parser.error(f'--data: give a text of at least {11 * CONTEXT} bytes')
+    args.output.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not args.resume:
+      parser.error(f'--output: {args.output} has a run; --resume it or give another')
+    if args.resume and (not path.exists() or path.read_text() != config):
+      parser.error(f'--resume: {args.output} has no run with these very options')
+    path.write_text(config)
+  except OSError as error:
+    parser.error(f'{error.filename}: {error.strerror}; give another path')
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: stop.append(number))
+  for name, rate in zip(args.optimizer, rates, strict=True):
+    runs.append(train(name, rate, args, text, validation, stop))
+    if stop:
+      again = [x for x in sys.argv if x != '--resume']
+      print(f'saved; go on with:\n{shlex.join([sys.executable, *again, "--resume"])}')
+      sys.exit(128 + stop[0])
+  show(runs, args.output)
 
 
 if __name__ == '__main__':
-  try:
-    sys.exit(main())
-  except KeyboardInterrupt:  # before training, or a second one: the first saves
-    sys.exit('interrupted; --resume continues from the last checkpoint, if any')
+  main()

@@ -6,10 +6,13 @@ import sys
 PROGRAM = """
 import sys
 import bsfa_optax, optax
+optax.chain(bsfa_optax.scale_by_whitening(), optax.adamw(1e-3))
 optax.chain(bsfa_optax.bsfa(), optax.adamw(1e-3))
 optax.chain(optax.adamw(1e-3), bsfa_optax.bsfa(estimator=bsfa_optax.pca()))
 bsfa_optax.bsfa_adamw(1e-3)
-bsfa_optax.diagnostics.partition
+bsfa_optax.diagnostics.plot_spectrum
+bsfa_optax.estimators.layout
+bsfa_optax.state.state_bytes
 print(*{name.partition('.')[0] for name in sys.modules})
 """
 

@@ -1,35 +1,54 @@
 """Findings of the literature, reproduced; see `python -m benchmarks reproduce --help`.
 
-Each module has `run(data, seeds, results)`, which trains what has no result yet and
-saves each run in `results / NAME` as a JSON file. From these files alone
-`plot(results, figures)` draws `figures / literature-NAME.png`, and `table(results)` is
-the table of docs/literature.md.
+Each module has `run(data, seeds, store)`, which trains what has no result yet. From the
+results alone `plot(store, figures)` draws `figures / literature-NAME.png`, and
+`table(store)` is the table of docs/tables/literature-NAME.md.
 """
 
 from pathlib import Path
+from types import ModuleType
 
 from benchmarks import report
 from benchmarks.literature import ablation, bulk_sgd, gauss_newton, overlap, speedup
+from benchmarks.literature.common import collection, seconds
+from benchmarks.runs import duration
+from benchmarks.store import Store
 
-PAGE = 'literature.md'
 REPRODUCTIONS = {
-  'bulk-sgd': bulk_sgd,
-  'overlap': overlap,
-  'speedup': speedup,
-  'ablation': ablation,
-  'gauss-newton': gauss_newton,
+  module.NAME: module for module in (bulk_sgd, overlap, speedup, ablation, gauss_newton)
 }
 
 
-def write(results: Path, docs: Path) -> None:
-  """Rewrites the tables of the page and the figures of those that have results."""
-  measured = {
+def describe(name: str, store: Store) -> str:
+  """What is there already, and how long it took, in words."""
+  results = store.load(collection(name)).values()
+  if not results:
+    return 'no runs are recorded'
+  return (
+    f'{len(results)} runs are recorded and not repeated; they took about'
+    f' {duration(sum(map(seconds, results)))}'
+  )
+
+
+def measured(store: Store) -> dict[str, ModuleType]:
+  """The reproductions that have results."""
+  return {
     name: module
     for name, module in REPRODUCTIONS.items()
-    if any((results / name).glob('*.json'))
+    if store.load(collection(name))
   }
-  if measured:
-    tables = {name: module.table(results) for name, module in measured.items()}
-    report.rewrite(docs / PAGE, tables)
-  for module in measured.values():
-    module.plot(results, docs / 'figures')
+
+
+def pages(store: Store) -> dict[str, str]:
+  """The texts of the generated pages by name."""
+  return {
+    f'literature-{name}': report.page(f'{name}: table', module.table(store))
+    for name, module in measured(store).items()
+  }
+
+
+def write(store: Store, docs: Path) -> None:
+  """Writes the pages and the figures."""
+  report.write_pages(docs, pages(store))
+  for module in measured(store).values():
+    module.plot(store, docs / 'figures')

@@ -13,12 +13,18 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks.literature import common
 from benchmarks.literature.speedup import rise, WARMUP
-import bsfa_optax
-from bsfa_optax import Estimator, kronecker, pca
+from benchmarks.literature.subspaces import (
+  Estimator,
+  filtered,
+  kronecker,
+  matrices,
+  pca,
+)
+from benchmarks.store import Result, Results, Store
+from benchmarks.training import Make
 
 NAME = 'ablation'
 STEPS = 300
-RATE = 0.2  # the best of plain SGD, see speedup.py
 WHOLE = (1.0, 2.0, 2.83, 4.0, 5.66, 8.0)
 
 
@@ -43,14 +49,14 @@ class Study(NamedTuple):
 STUDIES = {
   'kronecker': Study(
     'Kronecker',
-    lambda: kronecker(refresh_every=20),
+    lambda: kronecker(refresh_every=20, leaves=matrices),
     (0.0, 0.25, 1.0, 2.0, 4.0, 8.0),
     8.0,
     (1.0, 2.0, 4.0, 8.0, 16.0),
   ),
   'pca': Study(
     'decayed PCA, k = 20',
-    lambda: pca(20, 8, decay=0.97),
+    lambda: pca(20, 8, decay=0.97, leaves=matrices),
     (0.0, 0.5, 1.0, 2.0, 4.0),
     4.0,
     (1.0, 2.0, 4.0, 8.0),
@@ -58,18 +64,27 @@ STUDIES = {
 }
 
 
-def make(estimator: Estimator) -> common.Make:
+class Plan(NamedTuple):
+  """What is run.
+
+  Attributes:
+    steps: length of a run.
+    rate: of SGD; by default the best of plain SGD, see speedup.py.
+    whole: multipliers of the whole update.
+    studies: by name.
+  """
+
+  steps: int = STEPS
+  rate: float = 0.2
+  whole: tuple[float, ...] = WHOLE
+  studies: dict[str, Study] = STUDIES
+
+
+def make(rate: float, estimator: Estimator) -> Make:
   """SGD and a filter whose multipliers rise (or fall) from 1 in the first steps."""
-  return lambda hyper: optax.chain(
-    optax.sgd(RATE),
-    bsfa_optax.bsfa(
-      rise(1.0, hyper['alpha']), rise(1.0, hyper['gamma']), estimator=estimator
-    ),
+  return lambda hyper: filtered(
+    optax.sgd(rate), rise(1.0, hyper['alpha']), rise(1.0, hyper['gamma']), estimator
   )
-
-
-def whole(hyper: common.Traced) -> optax.GradientTransformation:
-  return optax.sgd(rise(RATE, RATE * hyper['gamma']))
 
 
 def points(study: Study) -> Iterator[common.Hyper]:
@@ -80,40 +95,41 @@ def points(study: Study) -> Iterator[common.Hyper]:
       yield {'alpha': 1.0, 'gamma': gamma}
 
 
-def run(data: Path, seeds: list[int], results: Path) -> None:
+def run(data: Path, seeds: list[int], store: Store, plan: Plan | None = None) -> None:
   """Trains at all points of the three panels."""
+  plan = plan or Plan()
   network = common.Network(data)
-  plans = {'whole': (whole, [{'gamma': gamma} for gamma in WHOLE])}
-  for name, study in STUDIES.items():
-    plans[name] = make(study.estimator()), list(points(study))
-  for name, (optimizer, hypers) in plans.items():
+  whole = lambda hyper: optax.sgd(rise(plan.rate, plan.rate * hyper['gamma']))
+  work = {'whole': (whole, [{'gamma': gamma} for gamma in plan.whole])}
+  for study_name, study in plan.studies.items():
+    work[study_name] = make(plan.rate, study.estimator()), list(points(study))
+  for study_name, (optimizer, hypers) in work.items():
     trainer = common.Trainer(network, optimizer)
     for seed in seeds:
       for hyper in hypers:
-        path = results / NAME / common.file_name(name, hyper, seed)
-        result = common.stored(
-          path,
-          lambda path=path, hyper=hyper, seed=seed, trainer=trainer: trainer.train(
-            hyper, seed, STEPS, path.stem
+        name = common.run_name(study_name, hyper, seed)
+        result = store.once(
+          common.collection(NAME),
+          name,
+          lambda name=name, hyper=hyper, seed=seed, trainer=trainer: trainer.train(
+            hyper, seed, plan.steps, name
           ),
         )
         outcome = 'diverged' if result['diverged'] else result['full_set_losses'][-1]
-        tqdm.write(f'{path.stem}: {outcome}, {result["spikes"]} spikes')
+        tqdm.write(f'{name}: {outcome}, {result["spikes"]} spikes')
 
 
-def at(
-  found: dict[str, common.Result], name: str, hyper: common.Hyper
-) -> list[common.Result]:
+def at(found: Results, name: str, hyper: common.Hyper) -> list[Result]:
   """The results at one point, one a seed."""
   return [
     result
-    for stem, result in found.items()
+    for run_name, result in found.items()
     if result['hyper'] == hyper
-    and f'{stem}.json' == common.file_name(name, hyper, result['seed'])
+    and run_name == common.run_name(name, hyper, result['seed'])
   ]
 
 
-def setbacks(result: common.Result) -> float:
+def setbacks(result: Result) -> float:
   """Percent of the looks, once alpha and gamma are there, that find a setback.
 
   That is a loss of 5 % more than the lowest before. It is a finer measure than spikes.
@@ -124,7 +140,7 @@ def setbacks(result: common.Result) -> float:
   return 100 * sum(found) / len(found)
 
 
-def speed(result: common.Result, plain: common.Result) -> float:
+def speed(result: Result, plain: Result) -> float:
   """Steps of plain SGD over the steps to its final loss; 0 if that is not reached."""
   if result['diverged']:
     return 0.0
@@ -133,13 +149,13 @@ def speed(result: common.Result, plain: common.Result) -> float:
   return STEPS / step if step else 0.0
 
 
-def last(result: common.Result) -> float:
+def last(result: Result) -> float:
   return common.smoothed(result['full_set_losses'])[-1]
 
 
-def table(results: Path) -> str:
+def table(store: Store) -> str:
   """Loss at the end by gamma: of the whole update, and of the bulk with alpha 1."""
-  found = common.load(results / NAME)
+  found = store.load(common.collection(NAME))
 
   def cell(name: str, hyper: common.Hyper) -> str:
     here = at(found, name, hyper)
@@ -158,61 +174,64 @@ def table(results: Path) -> str:
   return report.markdown(head, rows)
 
 
-def plot(results: Path, figures: Path) -> None:
-  """Three panels: alpha, gamma, and gamma of the filter against that of everything."""
-  found = common.load(results / NAME)
-  plain = {result['seed']: result for result in at(found, 'whole', {'gamma': 1.0})}
-  figure, (unsteady, fast, final) = plt.subplots(
-    1, 3, figsize=(13, 4.3), layout='constrained'
-  )
+class Panel:
+  """A panel of the figure: bands where no seed diverged, crosses at the others."""
 
-  def draw(axes, name, hypers, x, measure, **style):
-    """Bands over the points at which no seed diverged, crosses at the others."""
+  def __init__(self, axes: plt.Axes, found: Results):
+    self.axes, self.found = axes, found
+
+  def draw(self, name, hypers, x, measure, **style):
     rows, shown = [], []
     for position, hyper in zip(x, hypers, strict=True):
-      here = at(found, name, hyper)
+      here = at(self.found, name, hyper)
       if here and not any(result['diverged'] for result in here):
         shown.append(position)
         rows.append([measure(result) for result in here])
-    common.band(axes, shown, rows, marker='o', **style)
+    common.band(self.axes, shown, rows, marker='o', **style)
 
-  def crosses(axes, name, hypers, x, height, color):
-    """Where some seed diverged, with how many."""
+  def cross(self, name, hypers, x, height, color):
+    """With how many seeds diverged."""
     for position, hyper in zip(x, hypers, strict=True):
-      here = at(found, name, hyper)
+      here = at(self.found, name, hyper)
       gone = sum(result['diverged'] for result in here)
       if gone:
-        place = {'transform': axes.get_xaxis_transform(), 'color': color}
-        axes.plot(position, height, 'x', markersize=9, markeredgewidth=2, **place)
+        place = {'transform': self.axes.get_xaxis_transform(), 'color': color}
+        self.axes.plot(position, height, 'x', markersize=9, markeredgewidth=2, **place)
         text = f'{gone}/{len(here)}'
-        axes.text(position, height - 0.03, text, ha='center', va='top', **place)
+        self.axes.text(position, height - 0.03, text, ha='center', va='top', **place)
 
+
+def plot(store: Store, figures: Path) -> None:
+  """Three panels: alpha, gamma, and gamma of the filter against that of everything."""
+  found = store.load(common.collection(NAME))
+  plain = {result['seed']: result for result in at(found, 'whole', {'gamma': 1.0})}
+  of_speed = lambda result: speed(result, plain[result['seed']])
+  figure, axes = plt.subplots(1, 3, figsize=(13, 4.3), layout='constrained')
+  unsteady, fast, final = panels = [Panel(one, found) for one in axes]
   for number, (name, study) in enumerate(STUDIES.items()):
-    color = f'C{number}'
-    height = 0.95 - 0.12 * number
+    color, height = f'C{number}', 0.95 - 0.12 * number
     hypers = [{'alpha': alpha, 'gamma': study.at_gamma} for alpha in study.alphas]
     x = [alpha / study.at_gamma for alpha in study.alphas]
     label = f'{study.title}, gamma {study.at_gamma:g}'
-    draw(unsteady, name, hypers, x, setbacks, color=color, label=label)
-    crosses(unsteady, name, hypers, x, height, color)
+    unsteady.draw(name, hypers, x, setbacks, color=color, label=label)
+    unsteady.cross(name, hypers, x, height, color)
     hypers = [{'alpha': 1.0, 'gamma': gamma} for gamma in study.gammas]
-    x = study.gammas
-    label = f'{study.title}, alpha 1'
-    draw(
-      fast,
-      name,
-      hypers,
-      x,
-      lambda r: speed(r, plain[r['seed']]),
-      color=color,
-      label=label,
-    )
-    crosses(fast, name, hypers, x, height, color)
-    draw(final, name, hypers, x, last, color=color, label=label)
-    crosses(final, name, hypers, x, height, color)
+    for panel, measure in (fast, of_speed), (final, last):
+      label = f'{study.title}, alpha 1'
+      panel.draw(name, hypers, study.gammas, measure, color=color, label=label)
+      panel.cross(name, hypers, study.gammas, height, color)
   hypers = [{'gamma': gamma} for gamma in WHOLE]
-  draw(final, 'whole', hypers, WHOLE, last, color='k', label='the whole update')
-  crosses(final, 'whole', hypers, WHOLE, 0.71, 'k')
+  final.draw('whole', hypers, WHOLE, last, color='k', label='the whole update')
+  final.cross('whole', hypers, WHOLE, 0.71, 'k')
+  _label(*(panel.axes for panel in panels))
+  figure.supxlabel(
+    'lines: mean and range over seeds; crosses: diverged, in how many of the seeds',
+    fontsize='small',
+  )
+  report.save(figure, figures / 'literature-ablation.png')
+
+
+def _label(unsteady: plt.Axes, fast: plt.Axes, final: plt.Axes) -> None:
   unsteady.set(
     xlabel='alpha / gamma (at 1 the whole update is scaled)',
     ylabel='setbacks of over 5 %, % of looks at the loss',
@@ -239,8 +258,3 @@ def plot(results: Path, figures: Path) -> None:
   bottom, top = final.get_ylim()
   final.set_ylim(bottom - 0.35 * (top - bottom), top)  # for the legend
   final.legend(fontsize='small', loc='lower left')
-  figure.supxlabel(
-    'lines: mean and range over seeds; crosses: diverged, in how many of the seeds',
-    fontsize='small',
-  )
-  report.save(figure, figures / 'literature-ablation.png')

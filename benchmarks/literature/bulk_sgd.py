@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +14,12 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.literature import common
-from bsfa_optax import bsfa, diagnostics, hessian_lanczos
+from benchmarks.literature.subspaces import chi, filtered, hessian_lanczos, WHOLE
+from benchmarks.store import Result, Store
+from benchmarks.training import Options
 
 NAME = 'bulk-sgd'
-STEPS = 1200
-RATE = 0.05
 RANK = 10
-REFRESH_EVERY = 50
-HESSIAN_IMAGES = 500
-LOOK_EVERY = 50
-THRESHOLD = 0.95  # of chi, where the filter is switched on
 
 # The share of the dominant and of the bulk part of the update, and a title.
 METHODS = {
@@ -34,79 +31,99 @@ METHODS = {
   'dom': (1.0, 0.0, 'Dom-SGD'),
 }
 
-estimator = hessian_lanczos(
-  RANK, iterations=RANK + 2, refresh_every=REFRESH_EVERY, blocks='all'
-)
+
+class Plan(NamedTuple):
+  """What is run.
+
+  Attributes:
+    steps: length of a run.
+    rate: of SGD.
+    look_every: steps between two looks at loss and chi.
+    refresh_every: steps between two refreshes of the subspace.
+    hessian_images: how many images the Hessian is of.
+    threshold: of chi, where the filter is switched on.
+    methods: names of `METHODS`.
+  """
+
+  steps: int = 1200
+  rate: float = 0.05
+  look_every: int = 50
+  refresh_every: int = 50
+  hessian_images: int = 500
+  threshold: float = 0.95
+  methods: tuple[str, ...] = tuple(METHODS)
 
 
-def make(hyper: common.Traced) -> optax.GradientTransformation:
+PLAN = Plan()
+
+
+def make_trainer(network: common.Network, plan: Plan) -> common.Trainer:
   """SGD, filtered from the step `switch` on."""
+  estimator = hessian_lanczos(
+    RANK, iterations=RANK + 2, refresh_every=plan.refresh_every, **WHOLE
+  )
 
-  def switched(value):
-    return lambda step: jnp.where(
-      step.astype(jnp.float32) >= hyper['switch'], value, jnp.ones_like(value)
-    )
+  def make(hyper: Options) -> optax.GradientTransformation:
+    def switched(value):
+      return lambda step: jnp.where(
+        step.astype(jnp.float32) >= hyper['switch'], value, jnp.ones_like(value)
+      )
 
-  alpha, gamma = switched(hyper['alpha']), switched(hyper['gamma'])
-  return optax.chain(optax.sgd(RATE), bsfa(alpha, gamma, estimator=estimator))
+    alpha, gamma = switched(hyper['alpha']), switched(hyper['gamma'])
+    return filtered(optax.sgd(plan.rate), alpha, gamma, estimator)
 
-
-def chi(network: common.Network):
-  """Share of the gradient on all images that is in the dominant subspace."""
-
-  def measure(params, state):
+  def watch(params, state):
     gradient = jax.grad(network.loss)(params)
-    learned = optax.tree.get(state, 'estimator_state')
-    fraction, _ = diagnostics.dominant_fraction(estimator, learned, gradient)
-    return {'chi': fraction[0]}
+    return {'chi': chi(estimator, state, gradient)}
 
-  return measure
-
-
-def switch_of(result: common.Result) -> int | None:
-  """The first step at which chi was above the threshold, or None."""
-  values = enumerate(result['watched']['chi'], start=1)
-  return next((i * result['every'] for i, x in values if x > THRESHOLD), None)
-
-
-def run(data: Path, seeds: list[int], results: Path) -> None:
-  """Trains SGD, and from where its chi passes the threshold the others."""
-  network = common.Network(data)
-  trainer = common.Trainer(
+  return common.Trainer(
     network,
     make,
-    every=LOOK_EVERY,
-    hessian_images=HESSIAN_IMAGES,
-    watch=chi(network),
+    every=plan.look_every,
+    hessian_images=plan.hessian_images,
+    watch=watch,
   )
+
+
+def switch_of(result: Result, plan: Plan = PLAN) -> int | None:
+  """The first step at which chi was above the threshold, or None."""
+  values = enumerate(result['watched']['chi'], start=1)
+  return next((i * result['every'] for i, x in values if x > plan.threshold), None)
+
+
+def run(data: Path, seeds: list[int], store: Store, plan: Plan = PLAN) -> None:
+  """Trains SGD, and from where its chi passes the threshold the others."""
+  trainer = make_trainer(common.Network(data), plan)
   for seed in seeds:
     switch = None
-    for name, (alpha, gamma, _) in METHODS.items():
+    for method in plan.methods:
+      alpha, gamma, _ = METHODS[method]
       hyper = {'alpha': alpha, 'gamma': gamma, 'switch': switch or 0}
-      path = results / NAME / f'{name}-{seed}.json'
-      result = common.stored(
-        path,
-        lambda path=path, hyper=hyper, seed=seed: trainer.train(
-          hyper, seed, STEPS, path.stem
+      name = f'{method}-{seed}'
+      result = store.once(
+        common.collection(NAME),
+        name,
+        lambda name=name, hyper=hyper, seed=seed: trainer.train(
+          hyper, seed, plan.steps, name
         ),
       )
-      tqdm.write(f'{path.stem}: final loss {result["full_set_losses"][-1]}')
-      if name == 'sgd':
-        switch = switch_of(result)
+      tqdm.write(f'{name}: final loss {result["full_set_losses"][-1]}')
+      if method == 'sgd':
+        switch = switch_of(result, plan)
         if switch is None:
-          tqdm.write(f'seed {seed}: chi never passed {THRESHOLD}')
+          tqdm.write(f'seed {seed}: chi never passed {plan.threshold}')
           break
 
 
 Curves = dict[int, np.ndarray]  # by seed
 
 
-def since_switch(results: Path) -> dict[str, tuple[Curves, Curves]]:
+def since_switch(store: Store) -> dict[str, tuple[Curves, Curves]]:
   """Loss over that at the switch, and chi, of each method that has results.
 
   They begin where the filter is switched on, which differs between seeds.
   """
-  found = common.load(results / NAME)
+  found = store.load(common.collection(NAME))
   curves: dict[str, tuple[Curves, Curves]] = {}
   for name in METHODS:
     for stem, result in found.items():
@@ -122,12 +139,12 @@ def since_switch(results: Path) -> dict[str, tuple[Curves, Curves]]:
   return curves
 
 
-def table(results: Path) -> str:
+def table(store: Store) -> str:
   """Where all methods are when the run with the latest switch ends."""
-  curves = since_switch(results)
+  curves = since_switch(store)
   lengths = [len(x) for losses, _ in curves.values() for x in losses.values()]
   last = min(lengths, default=1) - 1  # chi may never have passed the threshold
-  rows = []
+  rows, every = [], PLAN.look_every
   for name, (losses, chis) in curves.items():
     alpha, gamma, title = METHODS[name]
     sgd, _ = curves['sgd']
@@ -142,14 +159,14 @@ def table(results: Path) -> str:
       ]
     )
   head = ['from the switch on', 'alpha, gamma']
-  head += [f'loss, {last * LOOK_EVERY} steps later, over that at the switch']
+  head += [f'loss, {last * every} steps later, over that at the switch']
   head += ["decrease, SGD's = 100 %", r'$\chi_{10}$ then']
   return report.markdown(head, rows)
 
 
-def plot(results: Path, figures: Path) -> None:
+def plot(store: Store, figures: Path) -> None:
   """Loss and chi from the switch on."""
-  curves = since_switch(results)
+  curves = since_switch(store)
   figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout='constrained')
   for position, (name, (_, _, title)) in enumerate(METHODS.items()):
     if name not in curves:
@@ -158,7 +175,7 @@ def plot(results: Path, figures: Path) -> None:
     for axes, of_seeds in zip((left, right), curves[name], strict=True):
       rows = of_seeds.values()
       length = min(map(len, rows))
-      steps = LOOK_EVERY * np.arange(length)
+      steps = PLAN.look_every * np.arange(length)
       common.band(axes, steps, np.transpose([row[:length] for row in rows]), **style)
   left.set(
     xlabel='steps since the filter was switched on',

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 import itertools
-import json
 import math
 from pathlib import Path
 import statistics
@@ -16,14 +15,12 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 
-from benchmarks import runs, tasks
+from benchmarks import tasks, training
 from benchmarks.progress import Progress
+from benchmarks.store import Result
 
 TASK = 'mlp-mnist5k'
-ROWS = 50
-IMAGES = 5000
 SPIKE = 2.0  # a spike is a loss of more than so many times its running median
 WINDOW = 50  # of the running median, steps
 DIVERGED = 2.0  # loss over that of the first parameters
@@ -31,9 +28,11 @@ SMOOTHED = 5  # looks at the loss that are averaged
 STAYS = 100  # steps for which the averaged loss has to stay at the target
 
 Hyper = dict[str, float]
-Traced = dict[str, jax.Array]
-Make = Callable[[Traced], optax.GradientTransformation]
-Result = dict[str, Any]
+
+
+def collection(name: str) -> str:
+  """Under which the results of a reproduction are stored."""
+  return f'literature/{name}'
 
 
 class Network:
@@ -41,65 +40,57 @@ class Network:
 
   Args:
     data: folder of the data sets.
+    task: what is trained.
   """
 
-  def __init__(self, data: Path):
-    self.problem = tasks.TASKS[TASK].build(data)
+  def __init__(self, data: Path, task: tasks.Task | None = None):
+    self.problem = (task or tasks.TASKS[TASK]).build(data)
+    self.count, self.rows = self.problem.config['images'], self.problem.config['rows']
     train, _ = tasks.read_mnist(data)
-    self.images = {name: jnp.asarray(x[:IMAGES]) for name, x in train.items()}
+    self.images = {name: jnp.asarray(x[: self.count]) for name, x in train.items()}
 
   def batch(self, seed: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
     key = jax.random.fold_in(jax.random.key(seed), step)
-    chosen = jax.random.randint(key, (ROWS,), 0, IMAGES)
+    chosen = jax.random.randint(key, (self.rows,), 0, self.count)
     return {name: x[chosen] for name, x in self.images.items()}
 
-  def loss(self, params: Any, images: int = IMAGES) -> jax.Array:
-    """On the first `images` images."""
+  def loss(self, params: Any, images: int | None = None) -> jax.Array:
+    """On the first `images` images, or on all."""
     return self.problem.loss(params, {n: x[:images] for n, x in self.images.items()})
 
 
-class Trainer:
-  """Trains with one optimizer at any scalar options and seed: compiled once.
+class Trainer(training.Trainer):
+  """Trains in compiled chunks and looks at the loss on all images after each.
 
   Args:
     network: what is trained.
     make: scalar options, which are traced, to the optimizer.
-    every: steps between two looks at the loss on all images.
-    hessian_images: how many images the Hessian is of; 0 for none.
+    every: steps between two looks.
+    hessian_images: how many images the Hessian is of; 0 for those of the step.
     watch: parameters and state to what is recorded with that loss, by name.
   """
 
   def __init__(
     self,
     network: Network,
-    make: Make,
+    make: training.Make,
     *,
     every: int = 20,
     hessian_images: int = 0,
     watch: Callable[[Any, Any], dict[str, jax.Array]] = lambda params, state: {},
   ):
-    self.network, self.make, self.every, self.watch = network, make, every, watch
-    self.extra = {}
-    if hessian_images:
-      self.extra['value_fn'] = lambda params: network.loss(params, hessian_images)
-    self._init = jax.jit(lambda params, hyper: make(hyper).init(params))
-    self._chunk = jax.jit(self._traced_chunk, donate_argnums=(0, 1))
+    self.network, self.every, self.watch = network, every, watch
+    on_first = lambda params, batch: network.loss(params, hessian_images)
+    super().__init__(network.problem, make, on_first if hessian_images else None)
+    self._chunk = jax.jit(self._traced_chunk, donate_argnums=0)
     self._loss = jax.jit(network.loss)
 
-  def _traced_chunk(self, params, state, hyper, seed, first):
-    optimizer = optax.with_extra_args_support(self.make(hyper))
-
+  def _traced_chunk(self, carry, options, seed, first):
     def step(carry, number):
-      params, state = carry
-      batch = self.network.batch(seed, number)
-      loss, gradient = jax.value_and_grad(self.network.problem.loss)(params, batch)
-      updates, state = optimizer.update(gradient, state, params, **self.extra)
-      return (optax.apply_updates(params, updates), state), loss
+      return self.traced_step(carry, self.network.batch(seed, number), options)
 
-    numbers = first + jnp.arange(self.every)
-    (params, state), losses = jax.lax.scan(step, (params, state), numbers)
-    seen = self.watch(params, state)
-    return params, state, losses, self.network.loss(params), seen
+    carry, losses = jax.lax.scan(step, carry, first + jnp.arange(self.every))
+    return carry, (losses, self.network.loss(carry[0]), self.watch(*carry))
 
   def train(
     self,
@@ -111,16 +102,13 @@ class Trainer:
   ) -> Result:
     """One run; it ends early where the loss has diverged or `reached` the target."""
     traced = {name: jnp.float32(value) for name, value in hyper.items()}
-    params = self.network.problem.init(seed)
-    state = self._init(params, traced)
-    full, batches, times = [float(self._loss(params))], [], []
+    carry = self.start(seed, traced)
+    full, batches, times = [float(self._loss(carry[0]))], [], []
     watched: dict[str, list] = defaultdict(list)
     with Progress(label, steps, 'step') as bar:
       for first in range(0, steps, self.every):
         begin = time.perf_counter()
-        params, state, *seen = self._chunk(
-          params, state, traced, jnp.int32(seed), jnp.int32(first)
-        )
+        carry, seen = self._chunk(carry, traced, jnp.int32(seed), jnp.int32(first))
         losses, loss, values = jax.device_get(seen)
         times.append(1e3 * (time.perf_counter() - begin) / self.every)
         batches += losses.tolist()
@@ -198,20 +186,13 @@ def spikes(losses: Iterable[float]) -> int:
   return int(found)
 
 
-def file_name(name: str, hyper: Hyper, seed: int) -> str:
-  return f'{name}-{"-".join(f"{x:g}" for x in hyper.values())}-{seed}.json'
+def run_name(name: str, hyper: Hyper, seed: int) -> str:
+  return f'{name}-{"-".join(f"{x:g}" for x in hyper.values())}-{seed}'
 
 
-def stored(path: Path, measure: Callable[[], Result]) -> Result:
-  """The result in a file; measured and written if there is none."""
-  if not path.exists():
-    result = measure() | {'versions': runs.versions(), 'machine': runs.machine()}
-    runs.write_json(path, result)
-  return json.loads(path.read_text())
-
-
-def load(folder: Path) -> dict[str, Result]:
-  """All results in a folder, by name of file."""
-  return {
-    path.stem: json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))
-  }
+def seconds(result: Result) -> float:
+  """How long a run took, without compilation."""
+  if 'seconds' in result:
+    return result['seconds']
+  steps = result['every'] * (len(result['full_set_losses']) - 1)
+  return steps * result['step_ms'] / 1e3

@@ -20,20 +20,36 @@ from tqdm import tqdm
 from benchmarks import report, tasks
 from benchmarks.literature import overlap
 from benchmarks.literature.overlap import band, load, rounded, Setting
+from benchmarks.literature.subspaces import (
+  curvature_energy,
+  curvature_watchers,
+  dominant,
+  Estimator,
+  hessian_top_k,
+  layout,
+  learner,
+  projector,
+  top_hessian,
+  unlearnt,
+  WHOLE,
+)
+from benchmarks.store import Store
 from benchmarks.tasks import Problem
-from bsfa_optax import diagnostics, Estimator, hessian_lanczos, kronecker, pca
 
 NAME = 'gauss-newton'
 RANK = 10  # the number of classes, as in the literature
 SAMPLES = 16
 HESSIAN, MINI_BATCH = 'Hessian, top 10', 'mini-batch Hessian, top 10'
 GLOBAL_PCA = 'pca, whole model, rank 10'
-WATCHERS = {
-  GLOBAL_PCA: pca(RANK, history=8, blocks='all'),
-  'pca, rank 10 a matrix': pca(RANK, history=8),
-  'kronecker': kronecker(refresh_every=2),
-}
-_mlp = {'blocks': 'all', 'rank': RANK, 'batches': 10}
+
+
+def watchers(blocks: Any) -> dict[str, Estimator]:
+  """Each has blocks of its own."""
+  del blocks
+  return curvature_watchers(GLOBAL_PCA, RANK)
+
+
+_mlp = {'blocks': WHOLE, 'rank': RANK, 'batches': 10, 'watchers': watchers}
 SETTINGS = {
   'mlp-sgd': overlap.SETTINGS['mlp-sgd']._replace(**_mlp),
   'mlp-adam': overlap.SETTINGS['mlp-adam']._replace(**_mlp),
@@ -45,51 +61,48 @@ MATRICES = {
 }
 
 
-def outputs(params: Any, batch: Any) -> jax.Array:
-  """The network's outputs on the images of a batch."""
-  _, module = tasks.functional(tasks.mlp)
-  return module(params)(tasks.normalized(batch['images']))
-
-
 class Meter:
   """What a setting needs for its measurements, compiled once for all seeds."""
 
-  def __init__(self, setting: Setting, problem: Problem):
-    self.setting = setting
-    self.train = overlap.trainer(problem, setting)
-    start = problem.init(0)
-    self.blocks = diagnostics.partition(start, setting.blocks)
+  def __init__(
+    self,
+    setting: Setting,
+    problem: Problem,
+    model: Callable[[Any], Any] = tasks.mlp,
+  ):
+    self.setting, self.model = setting, model
+    self.train = overlap.chunks(problem, setting)
+    self.blocks = layout(problem.init(0), **setting.blocks)
     self.batch = overlap.larger_batch(problem, setting.batches)
-    self.learners = {name: overlap.learner(e) for name, e in WATCHERS.items()}
-    lanczos = hessian_lanczos(
-      RANK, iterations=4 * RANK, refresh_every=1, blocks=setting.blocks
+    self.watchers: dict[str, Estimator] = setting.watchers(setting.blocks)
+    self.learners = {name: learner(e) for name, e in self.watchers.items()}
+    lanczos, refresh = top_hessian(
+      problem.loss, RANK, setting.blocks, iterations=4 * RANK
     )
-    self.mini_batch = jax.jit(
-      lambda params, batch: (
-        lanczos.update(
-          params,
-          lanczos.init(params),
-          params,
-          value_fn=lambda p: problem.loss(p, batch),
-        ).basis
-      )
+    self.mini_batch = lambda params, batch: (
+      refresh(unlearnt(lanczos, params), params, batch).memory.basis
     )
     self.top = jax.jit(
-      lambda params, batch: diagnostics.hessian_top_k(
+      lambda params, batch: hessian_top_k(
         lambda p: problem.loss(p, batch), params, RANK, self.blocks
       )
     )
-    self.dominant = {name: self._dimensions(e) for name, e in WATCHERS.items()}
+    self.dominant = {name: self._dimensions(e) for name, e in self.watchers.items()}
     self.by_basis = jax.jit(self._energy)
     self.by_projector = {
       name: self._projected(estimator)
-      for name, estimator in WATCHERS.items()
+      for name, estimator in self.watchers.items()
       if name != GLOBAL_PCA
     }
 
+  def _outputs(self, params: Any, batch: Any) -> jax.Array:
+    """The network's outputs on the images of a batch."""
+    _, module = tasks.functional(self.model)
+    return module(params)(tasks.normalized(batch['images']))
+
   def _energy(self, params: Any, batch: Any, subspace: Any, key: jax.Array):
-    return diagnostics.curvature_energy(
-      lambda params: outputs(params, batch),
+    return curvature_energy(
+      lambda params: self._outputs(params, batch),
       lambda z: tasks.squared_error(z, batch['labels']),
       params,
       subspace,
@@ -101,15 +114,15 @@ class Meter:
   def _dimensions(self, estimator: Estimator) -> Callable:
     @jax.jit
     def measure(state, update):
-      masks = overlap.dominant_masks(estimator, state, update)
-      return overlap.dominant_size(estimator, masks, state, update).sum()
+      _, sizes = dominant(estimator, state.memory, update)
+      return sum(sizes.values())
 
     return measure
 
   def _projected(self, estimator: Estimator) -> Callable:
     @jax.jit
     def measure(params, batch, state, key):
-      project = diagnostics.projector(estimator, state)
+      project = projector(estimator, state.memory)
       return self._energy(params, batch, project, key)
 
     return measure
@@ -148,10 +161,10 @@ class Meter:
       for source in self.setting.sources:
         history = chunk.history[source]
         last = jax.tree.map(lambda x: x[-1], history)
-        for name, estimator in WATCHERS.items():
-          state = self.learners[name](estimator.init(params), history)
+        for name, estimator in self.watchers.items():
+          state = self.learners[name](unlearnt(estimator, params), history)
           if name == GLOBAL_PCA:
-            energy = self.by_basis(params, batch, state.basis, key)
+            energy = self.by_basis(params, batch, state.memory.basis, key)
           else:
             energy = self.by_projector[name](params, batch, state, key)
           add(source, name, energy, int(self.dominant[name](state, last)))
@@ -167,15 +180,21 @@ class Meter:
     return {'seconds': round(time.monotonic() - begin), 'measured': measured}
 
 
-def run(data: Path, seeds: list[int], results: Path) -> None:
+def run(
+  data: Path,
+  seeds: list[int],
+  store: Store,
+  settings: dict | None = None,
+  make_meter: Callable[[Setting, Problem], Any] = Meter,
+) -> None:
   """Trains and measures what has no result yet."""
-  overlap.run_settings(NAME, SETTINGS, Meter, data, seeds, results)
+  overlap.run_settings(NAME, settings or SETTINGS, make_meter, data, seeds, store)
 
 
 # The table and the figure.
 
 COLOURS = {HESSIAN: 'k', MINI_BATCH: '0.55'} | {
-  name: f'C{i}' for i, name in enumerate(WATCHERS)
+  name: f'C{i}' for i, name in enumerate(watchers(None))
 }
 STYLES = {'gradients': '-', 'updates': '--'}
 
@@ -197,16 +216,16 @@ def shares(
   ).reshape(len(found), -1).T  # fmt: skip
 
 
-def table(results: Path) -> str:
+def table(store: Store) -> str:
   """The share of the Gauss-Newton matrix's energy at the last step."""
-  found = load(results / NAME, SETTINGS)
+  found = load(store, NAME, SETTINGS)
   share = lambda space: space['energy']['gauss_newton']['share']
   return overlap.tabulate(SETTINGS, found, 'subspaces', share)
 
 
-def plot(results: Path, figures: Path) -> None:
+def plot(store: Store, figures: Path) -> None:
   """A row for each matrix, a column for each base optimizer."""
-  columns = load(results / NAME, SETTINGS)
+  columns = load(store, NAME, SETTINGS)
   figure, axes = plt.subplots(
     len(MATRICES),
     len(columns),
@@ -225,7 +244,7 @@ def plot(results: Path, figures: Path) -> None:
         style = {'color': COLOURS[watched], 'label': watched}
         band(ax, steps, shares(found, None, watched, matrix), **style)
       for source in (s for s in setting.sources if s in STYLES):
-        for watched in WATCHERS:
+        for watched in watchers(None):
           style = {'color': COLOURS[watched], 'linestyle': STYLES[source]}
           style['label'] = watched if source == 'gradients' else None
           band(ax, steps, shares(found, source, watched, matrix), **style)

@@ -21,19 +21,34 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from benchmarks import report, runs, tasks
-from benchmarks.examples import Llama, next_token_loss, PRESETS, training_batch
+from benchmarks import report, tasks
 from benchmarks.literature import common
+from benchmarks.literature.subspaces import (
+  DECAYS,
+  dominant,
+  Estimator,
+  hessian_top_k,
+  HIDDEN,
+  last_layer,
+  layout,
+  learner,
+  overlap_watchers,
+  RANKS,
+  subspace_overlap,
+  top_hessian,
+  unlearnt,
+  Watcher,
+  WINDOWS,
+)
+from benchmarks.llama import Llama, next_token_loss, PRESETS
 from benchmarks.progress import Progress
+from benchmarks.store import Result, Store
 from benchmarks.tasks import Problem
-from bsfa_optax import dct, diagnostics, Estimator, hessian_lanczos, kronecker, pca
+from benchmarks.text import training_batch
+from benchmarks.training import Trainer
 
 NAME = 'overlap'
-CHUNK = 64  # steps between two looks; a multiple of every window and refresh interval
 HESSIAN_BATCHES = 1_000_000  # `step` of the batches for the Hessian: never trained on
-WINDOWS = (8, 16, 32, 64)
-DECAYS = (0.9, 0.95, 0.99)
-RANKS = (8, 16, 32)
 MINI_BATCH_HESSIAN = 'mini-batch Hessian'
 SOURCES = ('updates', 'gradients', 'gradients in the metric')
 
@@ -47,10 +62,12 @@ class Setting(NamedTuple):
     optimizer: the base optimizer.
     b2: decay of its second moment; None for SGD, whose updates and gradients span the
       same space and whose metric is that of the parameters.
-    steps: where to measure, multiples of `CHUNK`.
+    steps: where to measure, multiples of `chunk`.
     batches: batches of the problem that the Hessian is taken over.
-    blocks: labels of the leaves, see `bsfa_optax.pca`.
+    blocks: options of estimators and of a layout that say what a block is.
     rank: top eigenvectors of each block's Hessian.
+    chunk: steps between two looks, a multiple of every window and refresh interval.
+    watchers: blocks to the estimators that watch, by name.
   """
 
   title: str
@@ -59,8 +76,10 @@ class Setting(NamedTuple):
   b2: float | None
   steps: tuple[int, ...]
   batches: int
-  blocks: Any = None
+  blocks: dict[str, Any] = HIDDEN
   rank: int = 8
+  chunk: int = 64
+  watchers: Callable[[Any], dict[str, Any]] = overlap_watchers
 
   @property
   def sources(self) -> tuple[str, ...]:
@@ -87,40 +106,13 @@ def small_llama(folder: Path) -> Problem:
   )
 
 
-def last_layer(params: Any) -> Any:
-  """Blocks of `small_llama`: four matrices of the last layer and the output layer."""
-  chosen = ('layers.1.attention.query', 'layers.1.attention.output')
-  chosen += ('layers.1.mlp.up', 'layers.1.mlp.down', 'head')
-
-  def label(path, leaf):
-    del leaf
-    name = '.'.join(str(key.key) for key in path[:-1])
-    return name.removeprefix('layers.1.') if name in chosen else None
-
-  return jax.tree_util.tree_map_with_path(label, params)
-
-
-def hidden(params: Any) -> Any:
-  """Blocks of the MLP: the matrices of its hidden layers.
-
-  The Hessian of the output layer is that of ten independent linear regressions: every
-  eigenvalue is there ten times, so that no top space of another rank is determined.
-  """
-
-  def label(path, leaf):
-    first, *inner = (str(key.key) for key in path)
-    return f'hidden layer {inner[0]}' if first == 'layers' and leaf.ndim > 1 else None
-
-  return jax.tree_util.tree_map_with_path(label, params)
-
-
 mlp = tasks.TASKS['mlp-mnist5k'].build
 SETTINGS = {
   'mlp-sgd': Setting(
-    'MLP, SGD', mlp, optax.sgd(0.1), None, (64, 128, 256, 512, 1024), 20, hidden
+    'MLP, SGD', mlp, optax.sgd(0.1), None, (64, 128, 256, 512, 1024), 20
   ),
   'mlp-adam': Setting(
-    'MLP, Adam', mlp, optax.adam(1e-3), 0.999, (64, 128, 256, 512), 20, hidden
+    'MLP, Adam', mlp, optax.adam(1e-3), 0.999, (64, 128, 256, 512), 20
   ),
   'llama-adam': Setting(
     'LLaMA, Adam',
@@ -129,78 +121,68 @@ SETTINGS = {
     0.95,
     (64, 192, 448),
     4,
-    last_layer,
+    {'leaves': last_layer},
   ),
 }
 
 
-class Watcher(NamedTuple):
-  """An estimator that only learns.
-
-  Attributes:
-    estimator: what learns.
-    recent: the last `CHUNK` updates make its whole state, so that it need not see more.
-  """
-
-  estimator: Estimator
-  recent: bool = False
-
-
-def watchers(blocks: Any) -> dict[str, Watcher]:
-  """All that watch each source."""
-  chosen = {
-    f'window {m}, rank 8': Watcher(
-      pca(8, history=m, decay=0.0, blocks=blocks), recent=True
-    )
-    for m in WINDOWS
-  }
-  pairs = [(0.95, k) for k in RANKS] + [(decay, 16) for decay in DECAYS]
-  for decay, rank in dict.fromkeys(pairs):
-    chosen[f'decay {decay:g}, rank {rank}'] = Watcher(
-      pca(rank, history=8, decay=decay, blocks=blocks)
-    )
-  chosen['kronecker'] = Watcher(kronecker(refresh_every=2, blocks=blocks))
-  chosen['dct'] = Watcher(dct(blocks=blocks), recent=True)
-  return chosen
-
-
 class Chunk(NamedTuple):
-  """The state of a run after `step` steps, and what it saw in the last `CHUNK`."""
+  """The state of a run after `step` steps, and what it saw in the last chunk."""
 
   step: int
   params: Any
-  history: dict[str, Any]  # of each source a stack (CHUNK, *shape) for each leaf
+  history: dict[str, Any]  # of each source a stack (steps, *shape) for each leaf
   batch: Any  # the last one
   loss: float  # mean over the chunk
 
 
-def trainer(problem: Problem, setting: Setting) -> Callable[[int], Iterator[Chunk]]:
-  """Seed to a run of the base optimizer, chunk by chunk."""
+class Recorded(NamedTuple):
+  """State of a base optimizer, and what it saw last by source."""
+
+  base: Any
+  metric: Any
+  seen: dict[str, Any]
+
+
+def recording(setting: Setting) -> optax.GradientTransformation:
+  """The base optimizer, which keeps what estimators may learn from."""
   # As `bsfa_optax.accelerate` makes them.
   metric = optax.scale_by_adam(b1=0.0, b2=setting.b2 or 0.999)
 
-  @jax.jit
-  def chunk(carry, batches):
-    def step(carry, batch):
-      params, state, metric_state = carry
-      loss, gradients = jax.value_and_grad(problem.loss)(params, batch)
-      updates, state = setting.optimizer.update(gradients, state, params)
-      scaled, metric_state = metric.update(gradients, metric_state)
-      seen = dict(zip(SOURCES, (updates, gradients, scaled), strict=True))
-      kept = {name: seen[name] for name in setting.sources}
-      params = optax.apply_updates(params, updates)
-      return (params, state, metric_state), (loss, kept)
+  def init(params):
+    seen = {name: jax.tree.map(jnp.zeros_like, params) for name in setting.sources}
+    return Recorded(setting.optimizer.init(params), metric.init(params), seen)
 
-    return jax.lax.scan(step, carry, batches)
+  def update(gradients, state, params=None):
+    updates, base = setting.optimizer.update(gradients, state.base, params)
+    scaled, of_metric = metric.update(gradients, state.metric)
+    seen = dict(zip(SOURCES, (updates, gradients, scaled), strict=True))
+    kept = {name: seen[name] for name in setting.sources}
+    return updates, Recorded(base, of_metric, kept)
+
+  return optax.GradientTransformation(init, update)
+
+
+def chunks(problem: Problem, setting: Setting) -> Callable[[int], Iterator[Chunk]]:
+  """Seed to a run of the base optimizer, chunk by chunk."""
+  optimizer = recording(setting)
+  trainer = Trainer(problem, lambda options: optimizer)
+
+  def step(carry, batch):
+    carry, loss = trainer.traced_step(carry, batch, {})
+    _, state = carry
+    return carry, (loss, state.seen)
+
+  chunk = jax.jit(lambda carry, batches: jax.lax.scan(step, carry, batches))
 
   def train(seed):
-    params = problem.init(seed)
-    carry = params, setting.optimizer.init(params), metric.init(params)
-    for start in range(0, max(setting.steps), CHUNK):
-      drawn = [problem.batch(seed, start + i) for i in range(CHUNK)]
+    carry = trainer.start(seed, {})
+    for start in range(0, max(setting.steps), setting.chunk):
+      drawn = [problem.batch(seed, start + i) for i in range(setting.chunk)]
       stacked = jax.tree.map(lambda *x: np.stack(x), *drawn)
       carry, (losses, history) = chunk(carry, stacked)
-      yield Chunk(start + CHUNK, carry[0], history, drawn[-1], float(losses.mean()))
+      end, loss = start + setting.chunk, float(losses.mean())
+      yield Chunk(end, carry[0], history, drawn[-1], loss)
 
   return train
 
@@ -209,55 +191,6 @@ def larger_batch(problem: Problem, batches: int) -> Any:
   """A batch for the Hessian, the same for all seeds and steps."""
   drawn = [problem.batch(0, HESSIAN_BATCHES + i) for i in range(batches)]
   return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)), *drawn)
-
-
-def learner(estimator: Estimator) -> Callable[[Any, Any], Any]:
-  """Jitted: state and a stack of updates to the state after them."""
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def learn(state, history):
-    step = lambda state, v: (estimator.update(v, state, None), None)
-    return jax.lax.scan(step, state, history)[0]
-
-  return learn
-
-
-def dominant_masks(estimator: Estimator, state: Any, update: Any) -> list[jax.Array]:
-  """What is dominant, in every call that `apply` makes of a spectral function."""
-  masks: list[jax.Array] = []
-
-  def record(variance, dominant):
-    masks.append(dominant)
-    return variance
-
-  estimator.apply(record, update, state)
-  return masks
-
-
-def held_projector(
-  estimator: Estimator, masks: list[jax.Array], state: Any
-) -> Callable[[Any], Any]:
-  """The projector on what the masks say; `dct` would choose anew for each vector."""
-
-  def project(tree):
-    position = iter(masks)
-    replay = lambda variance, _: next(position).astype(variance.dtype)
-    return estimator.apply(replay, tree, state)[0]
-
-  return project
-
-
-def dominant_size(
-  estimator: Estimator, masks: list[jax.Array], state: Any, update: Any
-) -> jax.Array:
-  """Dimensions of the dominant space of each block."""
-  if hasattr(state, 'basis'):
-    spectra = diagnostics.spectrum(state, estimator.blocks(update))
-    return jnp.stack([(x > 0).sum() for x in spectra])
-  # `kronecker` and `dct` call f for the rest and for the directions of each leaf.
-  leaves = estimator.blocks(update).select(update)
-  pairs = zip(masks[1::2], leaves, strict=True)
-  return jnp.stack([jnp.broadcast_to(m, x.shape).sum() for m, x in pairs])
 
 
 def rounded(x: Any, digits: int = 5) -> Any:
@@ -272,23 +205,18 @@ class Meter:
 
   def __init__(self, setting: Setting, problem: Problem):
     self.setting, self.problem = setting, problem
-    self.train = trainer(problem, setting)
-    self.blocks = diagnostics.partition(problem.init(0), setting.blocks)
+    self.train = chunks(problem, setting)
+    self.blocks = layout(problem.init(0), **setting.blocks)
     self.batch = larger_batch(problem, setting.batches)
-    self.watchers = watchers(setting.blocks)
+    self.watchers: dict[str, Watcher] = setting.watchers(setting.blocks)
     self.learners = {name: learner(w.estimator) for name, w in self.watchers.items()}
     self.compare = {
       name: self._comparison(w.estimator) for name, w in self.watchers.items()
     }
-    self.lanczos = hessian_lanczos(setting.rank, refresh_every=1, blocks=setting.blocks)
-    self.refresh = jax.jit(
-      lambda state, params, batch: self.lanczos.update(
-        params, state, params, value_fn=lambda p: problem.loss(p, batch)
-      )
-    )
+    self.lanczos, self.refresh = top_hessian(problem.loss, setting.rank, setting.blocks)
     self.compare[MINI_BATCH_HESSIAN] = self._comparison(self.lanczos)
     self.top = jax.jit(
-      lambda params, batch: diagnostics.hessian_top_k(
+      lambda params, batch: hessian_top_k(
         lambda p: problem.loss(p, batch), params, setting.rank, self.blocks
       )
     )
@@ -298,10 +226,9 @@ class Meter:
 
     @jax.jit
     def compare(state, update, basis):
-      masks = dominant_masks(estimator, state, update)
-      project = held_projector(estimator, masks, state)
-      overlap = diagnostics.subspace_overlap(basis, project, self.blocks)
-      return overlap, dominant_size(estimator, masks, state, update)
+      project, sizes = dominant(estimator, state.memory, update)
+      overlap = subspace_overlap(basis, project, self.blocks)
+      return overlap, jnp.stack([sizes[name] for name in self.blocks.names])
 
     def entry(state, update, basis):
       overlap, size = compare(state, update, basis)
@@ -311,14 +238,14 @@ class Meter:
 
   def run(self, seed: int, bar: tqdm) -> dict[str, Any]:
     begin, setting = time.monotonic(), self.setting
-    start = self.problem.init(seed)
+    params = self.problem.init(seed)
     states = {
-      (source, name): w.estimator.init(start)
+      (source, name): unlearnt(w.estimator, params)
       for source in setting.sources
       for name, w in self.watchers.items()
       if not w.recent
     }
-    curvature = self.lanczos.init(start)
+    curvature = unlearnt(self.lanczos, params)
     measured = []
     for chunk in self.train(seed):
       for source, name in states:
@@ -330,13 +257,13 @@ class Meter:
       if chunk.step not in setting.steps:
         continue
       top = self.top(chunk.params, self.batch)
-      entry = self.compare[MINI_BATCH_HESSIAN](curvature, start, top.basis)
+      entry = self.compare[MINI_BATCH_HESSIAN](curvature, params, top.basis)
       found = [{'source': None, 'estimator': MINI_BATCH_HESSIAN} | entry]
       for source in setting.sources:
         for name, w in self.watchers.items():
           history = chunk.history[source]
           if w.recent:
-            state = self.learners[name](w.estimator.init(start), history)
+            state = self.learners[name](unlearnt(w.estimator, params), history)
           else:
             state = states[source, name]
           last = jax.tree.map(lambda x: x[-1], history)
@@ -359,9 +286,11 @@ class Meter:
     }
 
 
-def run(data: Path, seeds: list[int], results: Path) -> None:
+def run(
+  data: Path, seeds: list[int], store: Store, settings: dict | None = None
+) -> None:
   """Trains and measures what has no result yet."""
-  run_settings(NAME, SETTINGS, Meter, data, seeds, results)
+  run_settings(NAME, settings or SETTINGS, Meter, data, seeds, store)
 
 
 def run_settings(
@@ -370,23 +299,26 @@ def run_settings(
   make_meter: Callable[[Setting, Problem], Any],
   data: Path,
   seeds: list[int],
-  results: Path,
+  store: Store,
 ) -> None:
   """Each setting with each seed that has no result yet; saved one by one."""
+  collection = common.collection(name)
+  there = store.load(collection)
   for key, setting in settings.items():
-    paths = {seed: results / name / f'{key}-{seed}.json' for seed in seeds}
-    missing = {seed: path for seed, path in paths.items() if not path.exists()}
+    missing = [seed for seed in seeds if f'{key}-{seed}' not in there]
     if not missing:
       continue
     problem = setting.build(data)
     meter = make_meter(setting, problem)
-    total = len(missing) * max(setting.steps) // CHUNK
+    total = len(missing) * max(setting.steps) // setting.chunk
     with Progress(f'{name} {key}', total, 'chunk') as bar:
-      for seed, path in missing.items():
-        found = meter.run(seed, bar)
+      for seed in missing:
         header = {'setting': key, 'seed': seed, 'problem': problem.config}
-        footer = {'versions': runs.versions(), 'machine': runs.machine()}
-        runs.write_json(path, header | found | footer)
+        store.once(
+          collection,
+          f'{key}-{seed}',
+          lambda header=header, meter=meter, seed=seed: header | meter.run(seed, bar),
+        )
 
 
 # The table and the figure.
@@ -397,11 +329,13 @@ ALONG = {'window 64, rank 8': '-', 'kronecker': '-.'}
 band = functools.partial(common.band, marker='o', markersize=4)
 
 
-def load(folder: Path, settings: dict[str, Setting]) -> dict[str, list[dict]]:
+def load(
+  store: Store, name: str, settings: dict[str, Setting]
+) -> dict[str, list[Result]]:
   """The results of all seeds of the settings that have any."""
-  results = common.load(folder).values()
-  found = {name: [r for r in results if r['setting'] == name] for name in settings}
-  return {name: of for name, of in found.items() if of}
+  results = store.load(common.collection(name)).values()
+  found = {key: [r for r in results if r['setting'] == key] for key in settings}
+  return {key: of for key, of in found.items() if of}
 
 
 def picked(
@@ -454,16 +388,16 @@ def tabulate(
   return report.markdown(head, rows)
 
 
-def table(results: Path) -> str:
+def table(store: Store) -> str:
   """The overlap at the last step, mean over blocks."""
-  found = load(results / NAME, SETTINGS)
+  found = load(store, NAME, SETTINGS)
   overlap = lambda space: statistics.fmean(space['overlap'])
   return tabulate(SETTINGS, found, 'overlaps', overlap)
 
 
-def plot(results: Path, figures: Path) -> None:
+def plot(store: Store, figures: Path) -> None:
   """A column for each setting, a row for each question."""
-  columns = load(results / NAME, SETTINGS)
+  columns = load(store, NAME, SETTINGS)
   figure, axes = plt.subplots(
     5,
     len(columns),

@@ -11,19 +11,25 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import report, search
 from benchmarks.literature import common
-from benchmarks.literature.common import Hyper, Result
-import bsfa_optax
-from bsfa_optax import dct, Estimator, hessian_lanczos, kronecker, pca
+from benchmarks.literature.common import Hyper
+from benchmarks.literature.subspaces import (
+  dct,
+  Estimator,
+  filtered,
+  hessian_lanczos,
+  kronecker,
+  matrices,
+  pca,
+  WHOLE,
+)
+from benchmarks.store import Result, Store
+from benchmarks.training import Make, Options
 
 NAME = 'speedup'
 STEPS = 2000  # of SGD; the others have no more
-TRIALS = 6  # of every method on the first seed
-TRIAL_STEPS = 400
 WARMUP = 100  # steps in which gamma rises from 1: the start is the steepest
-RATES = [0.1, 0.141, 0.2, 0.238, 0.283, 0.4]  # of SGD
-
 
 CURVES = ('sgd', 'warmup', 'momentum-warmup', 'hessian', 'momentum-hessian')
 KINDS = {'0.6': 'no filter', 'C0': 'BSFA over SGD', 'C1': 'BSFA over momentum 0.9'}
@@ -66,32 +72,39 @@ METHODS = {
     rate=2**0.5,
   ),
   'ppe': Method(
-    'PPE: window 32, k = 10', lambda: pca(10, 32, decay=0.0, refresh_every=8)
+    'PPE: window 32, k = 10',
+    lambda: pca(10, 32, decay=0.0, refresh_every=8, leaves=matrices),
   ),
-  'pca-20': Method('decayed PCA, k = 20', lambda: pca(20, 8, decay=0.97)),
-  'pca-40': Method('decayed PCA, k = 40', lambda: pca(40, 8, decay=0.97)),
-  'dct': Method('DCT, k = 16', lambda: dct(16)),
-  'kronecker': Method('Kronecker, two levels', lambda: kronecker(refresh_every=20)),
+  'pca-20': Method(
+    'decayed PCA, k = 20', lambda: pca(20, 8, decay=0.97, leaves=matrices)
+  ),
+  'pca-40': Method(
+    'decayed PCA, k = 40', lambda: pca(40, 8, decay=0.97, leaves=matrices)
+  ),
+  'dct': Method('DCT, k = 16', lambda: dct(16, leaves=matrices)),
+  'kronecker': Method(
+    'Kronecker, two levels', lambda: kronecker(refresh_every=20, leaves=matrices)
+  ),
   'kronecker-graded': Method(
     'Kronecker, graded',
-    lambda: kronecker(refresh_every=20),
+    lambda: kronecker(refresh_every=20, leaves=matrices),
     graded=True,
     alpha=0.1,
     gamma=8.0,
   ),
   'hessian': Method(
     'Hessian of the network, k = 10',
-    lambda: hessian_lanczos(10, iterations=14, blocks='all'),
+    lambda: hessian_lanczos(10, iterations=14, **WHOLE),
     hessian_images=500,
   ),
   'hessian-blocks': Method(
     'Hessian of each matrix, k = 10',
-    lambda: hessian_lanczos(10, iterations=14),
+    lambda: hessian_lanczos(10, iterations=14, leaves=matrices),
     hessian_images=500,
   ),
   'momentum-hessian': Method(
     'Hessian of the network, momentum 0.9',
-    lambda: hessian_lanczos(10, iterations=14, blocks='all'),
+    lambda: hessian_lanczos(10, iterations=14, **WHOLE),
     momentum=0.9,
     rate=0.5,
     gamma=2.0,
@@ -99,7 +112,7 @@ METHODS = {
   ),
   'momentum-kronecker-graded': Method(
     'Kronecker, graded, momentum 0.9',
-    lambda: kronecker(refresh_every=20),
+    lambda: kronecker(refresh_every=20, leaves=matrices),
     momentum=0.9,
     rate=0.5,
     graded=True,
@@ -109,33 +122,53 @@ METHODS = {
 }
 
 
-def sgd(hyper: common.Traced) -> optax.GradientTransformation:
+class Plan(NamedTuple):
+  """What is run.
+
+  Attributes:
+    steps: of SGD; the others have no more.
+    warmup: steps in which gamma rises from 1.
+    rates: of SGD, tried on the first seed.
+    trials: of every method on the first seed.
+    trial_steps: length of a trial.
+    methods: by name.
+  """
+
+  steps: int = STEPS
+  warmup: int = WARMUP
+  rates: tuple[float, ...] = (0.1, 0.141, 0.2, 0.238, 0.283, 0.4)
+  trials: int = 6
+  trial_steps: int = 400
+  methods: dict[str, Method] = METHODS
+
+
+def sgd(hyper: Options) -> optax.GradientTransformation:
   return optax.sgd(hyper['rate'])
 
 
-def make(method: Method) -> common.Make:
+def make(method: Method, warmup: int) -> Make:
   """Scalar options to the optimizer."""
 
   def base(hyper):
     rate = hyper['rate']
-    rate = rise(0.0, rate) if method.warmed_up else rate
+    rate = rise(0.0, rate, warmup) if method.warmed_up else rate
     return optax.sgd(rate, momentum=method.momentum or None)
 
   if method.estimator is None:
     return base
   estimator = method.estimator()
-  return lambda hyper: bsfa_optax.accelerate(
+  return lambda hyper: filtered(
     base(hyper),
     hyper['alpha'],
-    rise(1.0, hyper['gamma']),
-    history=optax.identity(),  # with momentum the updates oscillate less
+    rise(1.0, hyper['gamma'], warmup),
+    estimator,
+    of_gradients=True,  # with momentum the updates oscillate less
     exponent=0.5 if method.graded else None,
-    estimator=estimator,
   )
 
 
-def rise(start: float, end: Any) -> optax.Schedule:
-  return optax.schedules.linear_schedule(start, end, WARMUP)
+def rise(start: float, end: Any, steps: int = WARMUP) -> optax.Schedule:
+  return optax.schedules.linear_schedule(start, end, steps)
 
 
 def final(result: Result) -> float:
@@ -145,94 +178,76 @@ def final(result: Result) -> float:
   return common.smoothed(result['full_set_losses'])[-1]
 
 
-def moves(name: str, hyper: Hyper) -> list[Hyper]:
+def moves(method: Method, hyper: Hyper) -> list[Hyper]:
   """Neighbours in the order in which they are tried."""
-  if METHODS[name].estimator is None:
+  if method.estimator is None:
     return [{'rate': hyper['rate'] * x} for x in (2, 0.5, 2**0.5, 0.5**0.5)]
   changes = [('gamma', 2), ('gamma', 0.5), ('alpha', 0.5), ('rate', 0.5**0.5)]
   changes += [('alpha', 2), ('gamma', 2**0.5), ('gamma', 0.5**0.5)]
   return [{**hyper, key: hyper[key] * x} for key, x in changes]
 
 
-def search(
-  start: Hyper,
-  neighbours: Callable[[Hyper], list[Hyper]],
-  judge: Callable[[Hyper], float],
-) -> Hyper:
-  """Goes to the first better neighbour until none is or the trials are spent."""
-  rounded = lambda hyper: {key: float(f'{x:.3g}') for key, x in hyper.items()}
-  best = rounded(start)
-  scores = {tuple(best.values()): judge(best)}
-  while True:
-    for hyper in map(rounded, neighbours(best)):
-      key = tuple(hyper.values())
-      if key in scores:
-        continue
-      if len(scores) == TRIALS:
-        return best
-      scores[key] = judge(hyper)
-      if scores[key] < scores[tuple(best.values())]:
-        best = hyper
-        break
-    else:
-      return best
+class Search:
+  """Finds the options of a method on the first seed and runs them with all seeds."""
 
+  def __init__(self, network: common.Network, seeds: list[int], store: Store, plan):
+    self.network, self.seeds, self.store, self.plan = network, seeds, store, plan
+    plain = common.Trainer(network, sgd)
+    of_sgd = lambda rate, seed: self.once(plain, 'sgd', {'rate': rate}, seed)
+    first, *_ = seeds
+    self.rate = min(plan.rates, key=lambda rate: final(of_sgd(rate, first)))
+    self.targets = {seed: final(of_sgd(self.rate, seed)) for seed in seeds}
 
-def run(data: Path, seeds: list[int], results: Path) -> None:
-  """Tunes SGD, then each method on the first seed, and runs the best with all seeds."""
-  folder = results / NAME
-  network = common.Network(data)
-  plain = common.Trainer(network, sgd)
-
-  def of_sgd(rate: float, seed: int) -> Result:
-    hyper = {'rate': rate}
-    path = folder / common.file_name('sgd', hyper, seed)
-    return common.stored(path, lambda: plain.train(hyper, seed, STEPS, path.stem))
-
-  first, *_ = seeds
-  best_rate = min(RATES, key=lambda rate: final(of_sgd(rate, first)))
-  targets = {seed: final(of_sgd(best_rate, seed)) for seed in seeds}
-  for name, method in METHODS.items():
-    trainer = common.Trainer(
-      network, make(method), hessian_images=method.hessian_images
+  def once(self, trainer, name, hyper, seed, steps=None, target=None) -> Result:
+    run_name = common.run_name(name, hyper, seed)
+    train = lambda: trainer.train(
+      hyper, seed, steps or self.plan.steps, run_name, target
     )
+    return self.store.once(common.collection(NAME), run_name, train)
 
-    def trial(hyper, name=name, trainer=trainer):
-      path = folder / f'trial-{common.file_name(name, hyper, first)}'
-      make_run = lambda: trainer.train(hyper, first, TRIAL_STEPS, path.stem)
-      return final(common.stored(path, make_run))
-
-    start = {'rate': best_rate * method.rate}
+  def __call__(self, name: str, method: Method) -> None:
+    first, plan = self.seeds[0], self.plan
+    trainer = common.Trainer(
+      self.network, make(method, plan.warmup), hessian_images=method.hessian_images
+    )
+    start = {'rate': self.rate * method.rate}
     if method.estimator is not None:
       start |= {'alpha': method.alpha, 'gamma': method.gamma}
-    best = search(start, lambda hyper, name=name: moves(name, hyper), trial)
+    trial = lambda hyper: final(
+      self.once(trainer, f'trial-{name}', hyper, first, plan.trial_steps)
+    )
+    neighbours = lambda hyper: moves(method, hyper)
+    best = search.climb(start, neighbours, trial, plan.trials)
     while True:
       tried = []
-      for seed in seeds:
-        path = folder / common.file_name(name, best, seed)
-        result = common.stored(
-          path,
-          lambda path=path, seed=seed, best=best, trainer=trainer: trainer.train(
-            best, seed, STEPS, path.stem, targets[seed]
-          ),
-        )
-        step = common.reached(result['full_set_losses'], result['every'], targets[seed])
-        tqdm.write(f'{path.stem}: {f"{STEPS / step:.2f}x" if step else "not reached"}')
+      for seed, target in self.targets.items():
+        result = self.once(trainer, name, best, seed, target=target)
+        step = common.reached(result['full_set_losses'], result['every'], target)
+        speed_up = f'{plan.steps / step:.2f}x' if step else 'not reached'
+        tqdm.write(f'{common.run_name(name, best, seed)}: {speed_up}')
         tried.append(result)
       if 'gamma' not in best or not any(result['diverged'] for result in tried):
         break
       best = {**best, 'gamma': best['gamma'] / 2}
 
 
-def tuned(results: Path) -> dict[str, dict[int, Result]]:
+def run(data: Path, seeds: list[int], store: Store, plan: Plan | None = None) -> None:
+  """Tunes SGD, then each method on the first seed, and runs the best with all seeds."""
+  plan = plan or Plan()
+  tune = Search(common.Network(data), seeds, store, plan)
+  for name, method in plan.methods.items():
+    tune(name, method)
+
+
+def tuned(store: Store) -> dict[str, dict[int, Result]]:
   """The runs of SGD and of each method at the options chosen, by method and seed."""
-  found = common.load(results / NAME)
+  found = store.load(common.collection(NAME))
   of = {}
   for name in ('sgd', *METHODS):
     runs_ = [
       result
-      for stem, result in found.items()
-      if f'{stem}.json' == common.file_name(name, result['hyper'], result['seed'])
+      for run_name, result in found.items()
+      if run_name == common.run_name(name, result['hyper'], result['seed'])
     ]
     by_hyper: dict[tuple, dict[int, Result]] = {}
     for result in runs_:
@@ -273,9 +288,9 @@ def worth(ups: Iterable[float | None], show: Callable[[list[float]], str]) -> st
   return f'{show(reached)}x{some}'
 
 
-def table(results: Path) -> str:
+def table(store: Store) -> str:
   """The options of each method and its speed-up."""
-  of = tuned(results)
+  of = tuned(store)
   rows = []
   for name, ups in speed_ups(of).items():
     if ups:
@@ -289,9 +304,9 @@ def table(results: Path) -> str:
   return report.markdown(head, rows)
 
 
-def plot(results: Path, figures: Path) -> None:
+def plot(store: Store, figures: Path) -> None:
   """Bars of the speed-up with a dot a seed, and the curves of some."""
-  of = tuned(results)
+  of = tuned(store)
   ups = {name: values for name, values in speed_ups(of).items() if values}
   figure, (left, right) = plt.subplots(
     1, 2, figsize=(12, 5), layout='constrained', width_ratios=(3, 2)

@@ -1,16 +1,25 @@
-"""Estimators of the dominant subspace, one file each."""
+"""Estimators of the dominant subspace, and what another one is written with."""
 
+from bsfa_optax._leaves import Layout, layout
+from bsfa_optax._vectors import inner
+from bsfa_optax.estimators._base import Decomposition, Estimator, from_rows
 from bsfa_optax.estimators._dct import dct
 from bsfa_optax.estimators._hessian import hessian_lanczos, HessianState
-from bsfa_optax.estimators._kronecker import kronecker, KroneckerState
+from bsfa_optax.estimators._kronecker import kronecker, KroneckerFactors
 from bsfa_optax.estimators._pca import pca, PCAState
 
 __all__ = [
+  'Decomposition',
+  'Estimator',
   'HessianState',
-  'KroneckerState',
+  'KroneckerFactors',
+  'Layout',
   'PCAState',
   'dct',
+  'from_rows',
   'hessian_lanczos',
+  'inner',
   'kronecker',
+  'layout',
   'pca',
 ]

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _blocks, _check, _separable, _stack
-from bsfa_optax._estimator import Estimator
+from bsfa_optax import _check, _leaves, _vectors
+from bsfa_optax._leaves import Part
+from bsfa_optax.estimators._base import Estimator, from_axes
 
 MAX_SIZE = 46340  # 2 n^2 < 2^32: beyond, the phases of the basis would overflow
 
@@ -20,9 +21,9 @@ MAX_SIZE = 46340  # 2 n^2 < 2^32: beyond, the phases of the basis would overflow
 def dct(
   rank: int = 16,
   *,
-  axes: _blocks.BatchAxes = None,
-  blocks: _blocks.BlockLabels = None,
-  batch_axes: _blocks.BatchAxes = None,
+  leaves: _leaves.Predicate = None,
+  axes: _leaves.Axes = None,
+  batch_axes: _leaves.Axes = None,
   axis_name: str | Sequence[str] | None = None,
 ) -> Estimator:
   r"""The strongest frequencies of each update, leaf by leaf.
@@ -47,26 +48,20 @@ def dct(
 
   Args:
     rank: frequencies to take as dominant; all with any energy if the axis has no more.
-    axes: the axes among which to choose: a tree like the parameters (or a prefix of it)
-      with leaves None, int or tuple of ints, or a function from parameters to such
-      a tree. None stands for all but the batch axes. Taken is the shortest axis of
-      more than `rank` entries (of equal ones the last), or the longest if there is
-      none. Name the axes that a mesh leaves whole; `bsfa_optax.kronecker` shows how. A
-      leaf without a named axis is left alone.
-    blocks: labels of the leaves to filter, None for those to leave alone; see
-      `bsfa_optax.pca`. Here every leaf is a block of its own.
-    batch_axes: axes that index blocks within a leaf; see `bsfa_optax.pca`.
-    axis_name: mesh axes of ``jax.shard_map`` that split the parameters; see
-      `bsfa_optax.pca`. They must not split batch axes nor `axes`, which have to be
-      given for each leaf that is split.
+    leaves: which leaves are filtered, as in `bsfa_optax.scale_by_whitening`, like all
+      options that follow. Every leaf is a block of its own.
+    axes: the axes among which to choose. Taken is the shortest axis of more than `rank`
+      entries (of equal ones the last), or the longest if there is none. Name the axes
+      that a mesh leaves whole. A leaf without a named axis is left alone.
+    batch_axes: axes that index blocks within a leaf.
+    axis_name: mesh axes of ``jax.shard_map`` that split the parameters.
 
   Returns:
     An `Estimator`.
 
   Raises:
     ValueError: for an option out of range, with its name, value and remedy, and at
-      ``init`` if one label stands for several leaves, or `axes` names an axis that a
-      leaf has not or that is a batch axis.
+      ``init`` if `axes` names an axis that a leaf has not or that is a batch axis.
 
   Examples:
     >>> import bsfa_optax, jax.numpy as jnp
@@ -84,78 +79,77 @@ def dct(
   """
   _check.positive_int('rank', rank)
 
-  def partition(params):
-    return _separable.partition('dct', params, blocks, batch_axes, axis_name)
+  def layout_of(params):
+    layout = _leaves.layout(
+      params,
+      leaves=leaves,
+      axes=axes,
+      batch_axes=batch_axes,
+      axis_name=axis_name,
+      stacked=True,
+    )
+    for part in layout.parts:
+      _transformed_axis(part, rank)  # for its error
+    return layout
 
-  def transformed_axes(params, parts):
-    """For each leaf in a block its axis with a basis, in a tuple (empty if none)."""
-    chosen = []
-    for x, named in zip(
-      parts.select(_blocks.unbox(params)),
-      _separable.named_axes(params, parts, axes),
-      strict=True,
-    ):
-      size = lambda axis, x=x: x.shape[axis]
-      long = [axis for axis in named if size(axis) > rank]
-      best = min(reversed(long), key=size) if long else max(named, key=size, default=-1)
-      if best >= 0 and size(best) > MAX_SIZE:
-        raise ValueError(
-          f'axes must have at most {MAX_SIZE} entries for dct, got axis {best} of a'
-          f' leaf of shape {x.shape}; name a shorter one, or () to leave it alone.'
-        )
-      chosen.append((best,) if best >= 0 else ())
-    return chosen
-
-  def init(params):
-    transformed_axes(params, partition(params))  # for its errors
+  def init(layout, params):
+    del layout, params
     return optax.EmptyState()
 
-  def update(updates, state, params=None, **extra_args):
-    del updates, params, extra_args
-    return state
+  def learn(layout, vector, memory, count, params, **extra_args):
+    del layout, vector, count, params, extra_args
+    return memory
 
-  def apply(f, updates, state):
-    del state
-    parts = partition(updates)
-    if not parts.count:
-      return updates, jnp.zeros((1,), jnp.float32)
-    rotated, energies = [], []
-    values, chosen = parts.select(updates), transformed_axes(updates, parts)
+  def decompose(layout, vector, memory):
+    del memory
+    axes_of_parts = [_transformed_axis(part, rank) for part in layout.parts]
     bases = [
-      tuple(cosines(v.shape[axis], _stack.accumulator(v.dtype)) for axis in along)
-      for v, along in zip(values, chosen, strict=True)
+      tuple(cosines(part.shape[a], _vectors.accumulator(v.dtype)) for a in own)
+      for part, v, own in zip(layout.parts, vector, axes_of_parts, strict=True)
     ]
-    for v, basis, along, batch in zip(
-      values, bases, chosen, parts.batch_axes, strict=True
+    energies = []
+    for part, v, basis, own in zip(
+      layout.parts, vector, bases, axes_of_parts, strict=True
     ):
-      # One basis for the whole batch.
-      rotated.append(_stack.rotate(v, basis, along, ()))
-      energies.append(_stack.squared_norm(rotated[-1], tuple(sorted(batch + along))))
-    energies = parts.sum_over_shards(energies)
-
-    filtered, fractions = [], []
-    for v, coefficients, energy, basis, along, batch in zip(
-      values, rotated, energies, bases, chosen, parts.batch_axes, strict=True
+      rotated = _vectors.rotate(v, basis, own, ())  # one basis for the whole batch
+      kept = tuple(sorted(part.batch_axes + own))
+      energies.append(_vectors.squared_norm(rotated, kept))
+    variances, dominant, ready = [], [], []
+    for part, energy, own in zip(
+      layout.parts, layout.sum_over_shards(energies), axes_of_parts, strict=True
     ):
-      others = tuple(a for a in range(v.ndim) if a not in batch + along)
-      energy = jnp.expand_dims(energy, others)
-      total = energy.sum(along, keepdims=True)
-      share = energy / jnp.where(total > 0, total, 1)
-      dominant = jnp.zeros(energy.shape, bool)
-      for axis in along:
-        dominant = strongest(share, rank, axis)
-      variance = share * math.prod(v.shape[axis] for axis in along)
-      present = bool(along) & (total > 0)
-      filtered.append(
-        _separable.filtered(
-          f, v, coefficients, basis, along, (), variance, dominant, present
-        )
+      kept = part.batch_axes + own
+      energy = jnp.expand_dims(
+        energy, tuple(a for a in range(len(part.shape)) if a not in kept)
       )
-      inside = jnp.where(dominant, share, 0).sum(along)
-      fractions.append(jnp.sqrt(inside).astype(jnp.float32).reshape(-1))
-    return parts.replace(updates, filtered), jnp.concatenate(fractions)
+      total = energy.sum(own, keepdims=True)
+      share = energy / jnp.where(total > 0, total, 1)
+      variances.append(share * math.prod(part.shape[axis] for axis in own))
+      dominant.append(
+        strongest(share, rank, own[0]) if own else jnp.zeros(share.shape, bool)
+      )
+      ready.append(bool(own) & (total > 0).reshape(part.batch_shape))
+    return from_axes(
+      layout, vector, bases, axes_of_parts, variances, dominant, ready, shared=True
+    )
 
-  return Estimator(init, update, apply, partition)
+  return Estimator(layout_of, init, learn, decompose)
+
+
+def _transformed_axis(part: Part, rank: int) -> tuple[int, ...]:
+  """The axis of a part with a basis, in a tuple (empty if there is none)."""
+  size = part.shape.__getitem__
+  long = [axis for axis in part.axes if size(axis) > rank]
+  if not part.axes:
+    return ()
+  best = min(reversed(long), key=size) if long else max(part.axes, key=size)
+  if size(best) > MAX_SIZE:
+    raise ValueError(
+      f'axes must have at most {MAX_SIZE} entries for dct, got axis'
+      f' {best - part.stacked} of a leaf of shape {part.leaves[0].shape}; name a'
+      ' shorter one, or () to leave it alone.'
+    )
+  return (best,)
 
 
 def cosines(n: int, dtype: Any) -> jax.Array:

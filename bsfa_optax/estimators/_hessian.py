@@ -12,24 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _blocks, _check, _curvature, _lanczos, _low_rank, _stack
-from bsfa_optax._estimator import Estimator
+from bsfa_optax import _check, _curvature, _lanczos, _leaves, _vectors
+from bsfa_optax._learned import is_due
+from bsfa_optax._leaves import Layout, Vector
+from bsfa_optax.estimators._base import Decomposition, Estimator, from_rows
 
 
 class HessianState(NamedTuple):
-  """State of the `hessian_lanczos` estimator.
+  """Memory of the `hessian_lanczos` estimator.
 
   Attributes:
-    hessian_step: updates seen, int32 ().
     basis: orthonormal eigenvectors of each block, stacks (rank, *shape), in the storage
       dtype; zero rows where there is no direction.
     curvature: eigenvalue of each row of the basis, float (blocks, rank), descending; 0
       where there is no further positive one.
+    is_known: whether there was a refresh, bool ().
   """
 
-  hessian_step: jax.Array
   basis: Any
   curvature: jax.Array
+  is_known: jax.Array
 
 
 def hessian_lanczos(
@@ -39,8 +41,9 @@ def hessian_lanczos(
   refresh_every: int = 10,
   curvature: Literal['hessian', 'gauss_newton'] = 'hessian',
   storage_dtype: Any = None,
-  blocks: _blocks.BlockLabels = None,
-  batch_axes: _blocks.BatchAxes = None,
+  leaves: _leaves.Predicate = None,
+  labels: _leaves.Labels = None,
+  batch_axes: _leaves.Axes = None,
 ) -> Estimator:
   r"""Eigenvectors of the loss's Hessian by the Lanczos method: the paper's LPE.
 
@@ -63,7 +66,7 @@ def hessian_lanczos(
   The basis is refreshed at the first update and at every `refresh_every`-th after
   it. A refresh costs `iterations` Hessian-vector products, of about two gradients each,
   times the number of blocks, as each block's product is taken on its own; so the
-  whole model as one block, ``blocks='all'`` (any single label), is the cheapest form.
+  whole model as one block, ``labels='all'`` (any single label), is the cheapest form.
   Memory is `rank` rows of each block's size, and `iterations` more during a refresh,
   besides what one Hessian-vector product takes.
 
@@ -90,8 +93,9 @@ def hessian_lanczos(
       convex loss.
     storage_dtype: dtype of the stored rows; the parameters' own by default.
       Hessian-vector products are always in the dtype of the parameters.
-    blocks: see `bsfa_optax.pca`.
-    batch_axes: see `bsfa_optax.pca`.
+    leaves: as in `bsfa_optax.pca`, like `labels` and `batch_axes`.
+    labels: labels that group leaves into blocks.
+    batch_axes: axes that index blocks within a leaf.
 
   Returns:
     An `Estimator`. It filters from the first update on.
@@ -105,7 +109,7 @@ def hessian_lanczos(
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from bsfa_optax import bsfa, hessian_lanczos
-    >>> estimator = hessian_lanczos(rank=1, blocks='all')
+    >>> estimator = hessian_lanczos(rank=1, labels='all')
     >>> tx = optax.chain(optax.sgd(1.0), bsfa(0.0, 1.0, estimator=estimator))
     >>> value_fn = lambda params: 0.5 * (4 * params['x'] ** 2 + params['y'] ** 2).sum()
     >>> @jax.jit
@@ -146,82 +150,86 @@ def hessian_lanczos(
       f"curvature must be 'hessian' or 'gauss_newton', got {curvature!r}."
     )
   names = ('value_fn',) if curvature == 'hessian' else ('output_fn', 'loss_fn')
+  matrix = getattr(_curvature, curvature)
 
-  def partition(params):
-    return _blocks.resolve(params, blocks, batch_axes)
+  def layout_of(params):
+    return _leaves.layout(params, leaves=leaves, labels=labels, batch_axes=batch_axes)
 
-  def init(params):
-    parts = partition(params)
-    dtypes = [x.dtype for x in parts.select(params)]
+  def init(layout, params):
+    dtypes = [leaf.dtype for part in layout.parts for leaf in part.leaves]
     dtype = functools.reduce(np.promote_types, dtypes, np.dtype('float32'))
+    count = max(layout.count, 1)  # Orbax saves no empty arrays
     return HessianState(
-      hessian_step=jnp.zeros((), jnp.int32),
-      basis=_stack.zeros(params, parts, rank, storage_dtype),
-      curvature=jnp.zeros((max(parts.count, 1), rank), dtype),  # Orbax: none empty
+      basis=_vectors.zeros(params, layout, rank, storage_dtype),
+      curvature=jnp.zeros((count, rank), dtype),
+      is_known=jnp.zeros((), bool),
     )
 
-  def update(updates, state, params=None, **extra_args):
-    del updates
+  def learn(layout, vector, memory, count, params, **extra_args):
+    del vector
     functions = _functions(names, params, extra_args)
-    step = state.hessian_step
-    parts = partition(params)
-    if not parts.count:
-      return state._replace(hessian_step=step + 1)
+    return jax.lax.cond(
+      is_due(count - 1, refresh_every),  # the first update is one
+      lambda memory, params: _refresh(
+        layout, memory, count, params, matrix(layout, params, *functions), iterations
+      ),
+      lambda memory, params: memory,
+      memory,
+      params,
+    )
 
-    def refresh(params, state):
-      leaves = parts.select(params)
-      product = (
-        _curvature.hessian if curvature == 'hessian' else _curvature.gauss_newton
-      )
-      matvec = _lanczos.block_by_block(parts, product(parts, params, *functions))
-      old, structure = jax.tree.flatten(state.basis)
-      warm_start = [
-        x.astype(_stack.accumulator(p.dtype)) for x, p in zip(old, leaves, strict=True)
-      ]
-      key = jax.random.fold_in(jax.random.key(0), step)
-      rounding = max(float(jnp.finfo(x.dtype).eps) for x in leaves)
-      values, basis = _lanczos.top_eigenpairs(
-        parts, matvec, warm_start, iterations, key, rounding
-      )
-      finite = jnp.isfinite(values).all(1)
-      values = jnp.where(finite[:, None], jnp.maximum(values, 0), state.curvature)
-      kept = [
-        jnp.where(_stack.expand(which, p, axes)[None], new.astype(rows.dtype), rows)
-        for which, p, axes, new, rows in zip(
-          parts.scatter(finite), leaves, parts.batch_axes, basis, old, strict=True
-        )
-      ]
-      return state._replace(
-        basis=jax.tree.unflatten(structure, kept),
-        curvature=values.astype(state.curvature.dtype),
-      )
-
-    state = jax.lax.cond(step % refresh_every == 0, refresh, _keep, params, state)
-    return _stack.keep_replicated(state._replace(hessian_step=step + 1))
-
-  def apply(f, updates, state):
-    parts = partition(updates)
-    if not parts.count:
-      return updates, jnp.zeros_like(state.curvature[:, 0])
-    relative = relative_curvature(state.curvature)
-    active = jnp.broadcast_to(state.hessian_step > 0, parts.count)
-    basis = jax.tree.leaves(state.basis)
-    rest = jnp.zeros_like(relative[:, 0])
-    return _low_rank.apply(f, updates, parts, basis, relative, rest, active)
-
-  return Estimator(init, update, apply, partition)
+  return Estimator(layout_of, init, learn, _decompose)
 
 
-def relative_curvature(curvature: jax.Array) -> jax.Array:
+def _refresh(
+  layout: Layout,
+  memory: HessianState,
+  count: jax.Array,
+  params: optax.Params,
+  product: _lanczos.Matvec,
+  iterations: int,
+) -> HessianState:
+  """The memory with new eigenvectors, in blocks where the products are finite."""
+  values = layout.select(params)
+  old, structure = jax.tree.flatten(memory.basis)
+  warm_start = [
+    x.astype(_vectors.accumulator(p.dtype)) for x, p in zip(old, values, strict=True)
+  ]
+  found, basis = _lanczos.top_eigenpairs(
+    layout,
+    product,
+    warm_start,
+    iterations,
+    jax.random.fold_in(jax.random.key(0), count),
+    tolerance=max(float(jnp.finfo(x.dtype).eps) for x in values),
+  )
+  finite = jnp.isfinite(found).all(1)
+  found = jnp.where(finite[:, None], jnp.maximum(found, 0), memory.curvature)
+  kept = [
+    jnp.where(_vectors.expand(ok, p, part.batch_axes)[None], new.astype(x.dtype), x)
+    for ok, p, part, new, x in zip(
+      layout.scatter(finite), values, layout.parts, basis, old, strict=True
+    )
+  ]
+  return HessianState(
+    basis=jax.tree.unflatten(structure, kept),
+    curvature=found.astype(memory.curvature.dtype),
+    is_known=jnp.ones((), bool),
+  )
+
+
+def _decompose(layout: Layout, vector: Vector, memory: HessianState) -> Decomposition:
+  relative = _relative(memory.curvature)
+  basis = jax.tree.leaves(memory.basis)
+  none = jnp.zeros_like(relative[:, 0])
+  return from_rows(layout, vector, basis, relative, none, memory.is_known)
+
+
+def _relative(curvature: jax.Array) -> jax.Array:
   """Eigenvalues over the least one that is kept, (blocks, rank); 0 for absent ones."""
   kept = curvature > 0
   least = jnp.where(kept, curvature, jnp.inf).min(1, keepdims=True)
   return jnp.where(kept, curvature / least, 0)
-
-
-def _keep(params, state):
-  del params
-  return state
 
 
 def _functions(
@@ -240,8 +248,8 @@ def _functions(
   if any(map(masked, jax.tree.leaves(params, is_leaf=masked))):
     raise ValueError(
       f'hessian_lanczos needs all parameters to call {" and ".join(names)}, got some'
-      ' masked; instead of optax.masked or optax.partition, give the leaves to be left'
-      ' alone the label None in blocks.'
+      ' masked; instead of optax.masked or optax.partition, name the leaves to be'
+      ' filtered with leaves=lambda name, leaf: ....'
     )
   functions: list[Callable[..., Any]] = []
   for name in names:

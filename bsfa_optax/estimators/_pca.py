@@ -11,31 +11,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsfa_optax import _blocks, _check, _low_rank, _stack, _svd
-from bsfa_optax._estimator import Estimator
+from bsfa_optax import _check, _leaves, _svd, _vectors
+from bsfa_optax._learned import is_due
+from bsfa_optax._leaves import Layout, Vector
+from bsfa_optax.estimators._base import Decomposition, Estimator, from_rows
 
 
 class PCAState(NamedTuple):
-  """State of the `pca` estimator.
+  """Memory of the `pca` estimator.
 
   Attributes:
-    pca_step: updates seen, int32 ().
     basis: orthonormal rows of each block, stacks (rank, *shape), in the storage
       dtype.
     history: the last updates, stacks (history, *shape), in the storage dtype.
     variance: sum of squares of the history along each row of the basis, float
       (blocks, rank), descending; 0 where there is no direction.
     total_variance: sum of squares of the history, float (blocks,).
-    explained_variance: share of `total_variance` that the basis holds at the last
-      refresh, float (blocks,).
+    is_complete: whether as many updates are in as the basis has rows, bool ().
   """
 
-  pca_step: jax.Array
   basis: Any
   history: Any
   variance: jax.Array
   total_variance: jax.Array
-  explained_variance: jax.Array
+  is_complete: jax.Array
 
 
 def pca(
@@ -43,13 +42,12 @@ def pca(
   history: int = 8,
   *,
   decay: float = 0.95,
-  centered: bool = False,
-  sample_every: int = 1,
   refresh_every: int | None = None,
   solver: Literal['auto', 'gram', 'randomized'] = 'auto',
   storage_dtype: Any = None,
-  blocks: _blocks.BlockLabels = None,
-  batch_axes: _blocks.BatchAxes = None,
+  leaves: _leaves.Predicate = None,
+  labels: _leaves.Labels = None,
+  batch_axes: _leaves.Axes = None,
   axis_name: str | Sequence[str] | None = None,
 ) -> Estimator:
   r"""Principal component analysis of past updates, block by block.
@@ -61,7 +59,7 @@ def pca(
     A = \begin{bmatrix} \sqrt{\beta^m}\,\mathrm{diag}(s)\,V \\ H \end{bmatrix},
 
   where :math:`V` and :math:`s` are the previous directions and singular values,
-  :math:`H` the last :math:`m` = `history` sampled updates, the one of age
+  :math:`H` the last :math:`m` = `history` updates, the one of age
   :math:`i` scaled by :math:`\sqrt{\beta^i}`, and :math:`\beta` = `decay`. So the
   directions are those of an exponential moving covariance, truncated to `rank`
   directions. With ``decay=0`` the history is a plain window of the last `history`
@@ -71,36 +69,31 @@ def pca(
 
   Args:
     rank: directions to keep in each block (k).
-    history: sampled updates in the buffer (m).
-    decay: weight of a sampled update relative to the next one, in [0, 1); the memory
-      is ``1 / (1 - decay)`` samples. 0 stands for a window in which all `history`
+    history: updates in the buffer (m).
+    decay: weight of an update relative to the next one, in [0, 1); the memory
+      is ``1 / (1 - decay)`` updates. 0 stands for a window in which all `history`
       rows count the same.
-    centered: subtract the mean of the buffered updates before the analysis. With
-      ``decay > 0`` every buffer is centred on its own mean.
-    sample_every: keep every so many-th update.
-    refresh_every: updates between two refreshes. Defaults to
-      ``history * sample_every``, which is also the only value with ``decay > 0``:
-      there every sample must count exactly once.
+    refresh_every: updates between two refreshes. Defaults to `history`, which is also
+      the only value with ``decay > 0``: there every update must count exactly once.
     solver: ``'gram'`` decomposes the Gram matrix of the rows; ``'randomized'`` is a
       randomized range finder (8 more rows than `rank`, 2 power iterations, warm
       started from the last basis, orthonormalised by Cholesky QR); ``'auto'`` takes
       the one with fewer operations. Directions with singular values under about 2e-3
       (float32; 1e-7 in float64) of the greatest count as absent.
     storage_dtype: dtype of the stored rows; the parameters' own by default.
-    blocks: labels that group leaves into blocks: a tree like the parameters (or a
-      prefix of it) with string leaves, or a function from parameters to such a
-      tree. Leaves with the same label are one block, leaves labelled None are left
-      alone. By default each leaf with two or more axes is its own block.
-    batch_axes: axes that index blocks within a leaf: a tree like the parameters (or
-      a prefix of it) with leaves None, int or tuple of ints, or a function from
-      parameters to such a tree. A leaf (L, m, n) with batch axis 0 is L blocks.
+    leaves: which leaves are filtered, as in `bsfa_optax.scale_by_whitening`; each is a
+      block of its own.
+    labels: instead of `leaves`, labels that group leaves into blocks: a tree like the
+      parameters (or a prefix of it) with string leaves, or a function from parameters
+      to such a tree. Leaves with the same label are one block, leaves labelled None are
+      left alone. ``labels='all'`` makes all parameters one block.
+    batch_axes: axes that index blocks within a leaf, as in
+      `bsfa_optax.scale_by_whitening`.
     axis_name: mesh axes of ``jax.shard_map`` that split the parameters (never their
-      batch axes). What is summed over a block is then summed over these too. A leaf
-      that does not vary over an axis is not split by it; with ``check_vma=False`` every
-      leaf is taken to be split. Not for jit, which needs no help.
+      batch axes), as in `bsfa_optax.scale_by_whitening`.
 
   Returns:
-    An `Estimator`. It is the identity until ``max(history, rank)`` samples are in
+    An `Estimator`. It is the identity until ``max(history, rank)`` updates are in
     (``history`` with ``decay=0``).
 
   Raises:
@@ -112,7 +105,7 @@ def pca(
     >>> ppe = pca(rank=4, history=16, decay=0.0, refresh_every=4)
     >>> tx = optax.chain(optax.sgd(0.1), bsfa(0.5, 2.0, estimator=ppe))
     >>> state = tx.init({'kernel': jnp.zeros((8, 8))})
-    >>> optax.tree.get(state, 'explained_variance').shape
+    >>> optax.tree.get(state, 'total_variance').shape
     (1,)
 
   References:
@@ -125,167 +118,147 @@ def pca(
   """
   _check.positive_int('rank', rank)
   _check.positive_int('history', history)
-  _check.positive_int('sample_every', sample_every)
   _check.in_range('decay', decay, 0.0, 1.0)
   if refresh_every is None:
-    refresh_every = history * sample_every
+    refresh_every = history
   _check.positive_int('refresh_every', refresh_every)
   _check.floating('storage_dtype', storage_dtype)
+  _check_window(rank, history, decay, refresh_every)
+  if solver not in ('auto', 'gram', 'randomized'):
+    raise ValueError(f"solver must be 'auto', 'gram' or 'randomized', got {solver!r}.")
+  if solver == 'auto':
+    solver = _svd.cheaper_solver(rank, history + (rank if decay > 0 else 0))
+  first_refresh = refresh_every * math.ceil(max(history, rank) / refresh_every)
+
+  def layout_of(params):
+    return _leaves.layout(
+      params, leaves=leaves, labels=labels, batch_axes=batch_axes, axis_name=axis_name
+    )
+
+  def init(layout, params):
+    dtypes = [leaf.dtype for part in layout.parts for leaf in part.leaves]
+    dtype = functools.reduce(np.promote_types, dtypes, np.dtype('float32'))
+    count = max(layout.count, 1)  # Orbax saves no empty arrays
+    return PCAState(
+      basis=_vectors.zeros(params, layout, rank, storage_dtype),
+      history=_vectors.zeros(params, layout, history, storage_dtype),
+      variance=jnp.zeros((count, rank), dtype),
+      total_variance=jnp.zeros((count,), dtype),
+      is_complete=jnp.zeros((), bool),
+    )
+
+  def learn(layout, vector, memory, count, params, **extra_args):
+    del params, extra_args
+    index = count % history
+    written = [
+      jax.lax.dynamic_update_index_in_dim(rows, value.astype(rows.dtype), index, 0)
+      for rows, value in zip(jax.tree.leaves(memory.history), vector, strict=True)
+    ]
+    memory = memory._replace(history=_like(memory.history, written))
+    due = is_due(count, refresh_every)
+    if decay == 0:
+      due &= count >= first_refresh - 1
+    return jax.lax.cond(
+      due,
+      lambda memory: _refresh(
+        layout, memory, count, decay=decay, solver=solver, first=first_refresh
+      ),
+      lambda memory: memory,
+      memory,
+    )
+
+  return Estimator(layout_of, init, learn, _decompose)
+
+
+def _check_window(rank: int, history: int, decay: float, refresh_every: int) -> None:
   if decay == 0 and rank > history:
     raise ValueError(
       f'rank must not exceed history when decay is 0, got rank={rank} and'
       f' history={history}; raise history, lower rank, or set decay > 0.'
     )
-  if decay > 0 and refresh_every != history * sample_every:
+  if decay > 0 and refresh_every != history:
     raise ValueError(
-      'refresh_every must be history * sample_every when decay > 0, so that every'
-      f' sample counts once; got refresh_every={refresh_every} for'
-      f' history={history} and sample_every={sample_every}; leave it out, or set'
-      ' decay=0 for a sliding window.'
+      'refresh_every must be history when decay > 0, so that every update counts'
+      f' once; got refresh_every={refresh_every} for history={history}; leave it out,'
+      ' or set decay=0 for a sliding window.'
     )
-  if centered and history == 1:
-    raise ValueError(
-      'centered needs history of at least 2 (one row minus its mean is zero), got'
-      ' history=1; raise history or set centered=False.'
-    )
-  if solver not in ('auto', 'gram', 'randomized'):
-    raise ValueError(f"solver must be 'auto', 'gram' or 'randomized', got {solver!r}.")
-  rows = history + (rank if decay > 0 else 0)
-  if solver == 'auto':
-    solver = _svd.cheaper_solver(rank, rows)
-  samples_needed = max(history, rank)  # rank <= history in a plain window
-  updates_needed = (samples_needed - 1) * sample_every + 1
-  first_refresh = refresh_every * math.ceil(updates_needed / refresh_every)
-  # In a full decayed buffer, position i holds the sample of age history - 1 - i.
+
+
+def _refresh(
+  layout: Layout,
+  memory: PCAState,
+  count: jax.Array,
+  *,
+  decay: float,
+  solver: str,
+  first: int,
+) -> PCAState:
+  """The memory with new directions; it is complete from the update `first` on."""
+  a, rank = _rows_of(layout, memory, decay), memory.variance.shape[1]
+  history = jax.tree.leaves(memory.history)[0].shape[0]
+  if solver == 'gram':
+    variance, basis = _svd.gram_svd(a, rank)
+  else:
+    key = jax.random.fold_in(jax.random.key(0), count)
+    variance, basis = _svd.randomized_svd(a, rank, jax.tree.leaves(memory.basis), key)
+  # Directions dropped earlier still count in the total.
+  total = decay**history * memory.total_variance + _variance(layout, memory, decay)
+  return memory._replace(
+    basis=_like(memory.basis, basis),
+    variance=variance,
+    total_variance=jnp.maximum(total, variance.sum(1)),
+    is_complete=count >= first - 1,  # count + 1 may overflow
+  )
+
+
+def _decompose(layout: Layout, vector: Vector, memory: PCAState) -> Decomposition:
+  total, variance = memory.total_variance, memory.variance
+  rank = variance.shape[1]
+  ready = (total > 0) & memory.is_complete
+  mean = jnp.where(ready, total, 1) / jnp.array(layout.sizes, total.dtype)
+  others = jnp.array([max(n - rank, 1) for n in layout.sizes], total.dtype)
+  rest = (total - variance.sum(1)) / others / mean  # per direction, relative
+  basis = jax.tree.leaves(memory.basis)
+  return from_rows(layout, vector, basis, variance / mean[:, None], rest, ready)
+
+
+def _weights(memory: PCAState, decay: float) -> jax.Array:
+  """Of the buffer's rows; in a full one row i has the age history - 1 - i."""
+  history = jax.tree.leaves(memory.history)[0].shape[0]
   weights = [decay ** (history - 1 - i) if decay > 0 else 1.0 for i in range(history)]
-
-  def partition(params):
-    return _blocks.resolve(params, blocks, batch_axes, axis_name)
-
-  def init(params):
-    parts = partition(params)
-    dtypes = [x.dtype for x in parts.select(params)]
-    dtype = functools.reduce(np.promote_types, dtypes, np.dtype('float32'))
-    count = max(parts.count, 1)  # Orbax saves no empty arrays
-    return PCAState(
-      pca_step=jnp.zeros((), jnp.int32),
-      basis=_stack.zeros(params, parts, rank, storage_dtype),
-      history=_stack.zeros(params, parts, history, storage_dtype),
-      variance=jnp.zeros((count, rank), dtype),
-      total_variance=jnp.zeros((count,), dtype),
-      explained_variance=jnp.zeros((count,), dtype),
-    )
-
-  def rows_of(parts, state):
-    """The matrix A of the docstring."""
-    dtype, count = state.variance.dtype, state.variance.shape[0]
-    weight = jnp.array(weights, dtype)
-    mix = jnp.diag(jnp.sqrt(weight))
-    if centered:
-      mix = mix @ (jnp.eye(history, dtype=dtype) - (weight / weight.sum())[None])
-    mix = jnp.broadcast_to(mix, (count, history, history))
-    samples = jax.tree.leaves(state.history)
-    if decay == 0:
-      return _svd.Rows(parts, (samples,), mix)
-    scale = jnp.sqrt(decay**history * state.variance)[:, :, None]
-    kept = scale * jnp.eye(rank, dtype=dtype)[None]
-    mix = jnp.concatenate(
-      [
-        jnp.pad(kept, ((0, 0), (0, 0), (0, history))),
-        jnp.pad(mix, ((0, 0), (0, 0), (rank, 0))),
-      ],
-      axis=1,
-    )
-    return _svd.Rows(parts, (jax.tree.leaves(state.basis), samples), mix)
-
-  def sampled_variance(parts, state):
-    """Sum of squares of the buffer about its mean if centred, (blocks,)."""
-    samples = jax.tree.leaves(state.history)
-    weight = jnp.array(weights, state.variance.dtype)
-    total = (
-      parts.gather(
-        [_stack.row_norms(*x) for x in zip(samples, parts.batch_axes, strict=True)], 1
-      )
-      * weight[None]
-    ).sum(1)
-    if centered:
-      mean = jnp.broadcast_to(weight / weight.sum(), (parts.count, 1, history))
-      means = _svd.combine(parts, mean, samples)
-      norms = parts.gather(
-        [_stack.row_norms(*x) for x in zip(means, parts.batch_axes, strict=True)], 1
-      )
-      total -= weight.sum() * norms[:, 0]
-    return total
-
-  def refresh(updates, state):
-    parts = partition(updates)
-    a = rows_of(parts, state)
-    if solver == 'gram':
-      variance, basis = _svd.gram_svd(a, rank)
-    else:
-      key = jax.random.fold_in(jax.random.key(0), state.pca_step)
-      variance, basis = _svd.randomized_svd(a, rank, jax.tree.leaves(state.basis), key)
-    # Directions dropped earlier still count in the total.
-    total = decay**history * state.total_variance + sampled_variance(parts, state)
-    total = jnp.maximum(total, variance.sum(1))
-    share = variance.sum(1) / jnp.where(total > 0, total, 1)
-    return state._replace(
-      basis=_like(state.basis, basis),
-      variance=variance,
-      total_variance=total,
-      explained_variance=share,
-    )
-
-  def update(updates, state, params=None, **extra_args):
-    del params, extra_args
-    parts = partition(updates)
-    if not parts.count:
-      return state._replace(pca_step=state.pca_step + 1)
-    index = (state.pca_step // sample_every) % history
-    due = state.pca_step % sample_every == 0
-
-    def write(rows, value):
-      value = value.astype(rows.dtype)
-      if sample_every > 1:
-        value = jnp.where(
-          due, value, jax.lax.dynamic_index_in_dim(rows, index, 0, False)
-        )
-      return jax.lax.dynamic_update_index_in_dim(rows, value, index, 0)
-
-    written = map(write, jax.tree.leaves(state.history), parts.select(updates))
-    step = state.pca_step + 1
-    state = state._replace(pca_step=step, history=_like(state.history, list(written)))
-    ready = step >= (first_refresh if decay == 0 else refresh_every)
-    complete = ready & (step % refresh_every == 0)
-    return _stack.keep_replicated(
-      jax.lax.cond(complete, refresh, _keep, updates, state)
-    )
-
-  def apply(f, updates, state):
-    parts = partition(updates)
-    if not parts.count:
-      return updates, jnp.zeros_like(state.total_variance)
-    active = state.pca_step >= first_refresh
-    total, variance = state.total_variance, state.variance
-    active &= total > 0
-    mean = jnp.where(active, total, 1) / jnp.array(parts.sizes, total.dtype)
-    rest = jnp.array([max(n - rank, 1) for n in parts.sizes], total.dtype)
-    rest = (total - variance.sum(1)) / rest / mean  # per direction, relative
-    basis = jax.tree.leaves(state.basis)
-    relative = variance / mean[:, None]
-    return _low_rank.apply(f, updates, parts, basis, relative, rest, active)
-
-  return Estimator(init, update, apply, partition)
+  return jnp.array(weights, memory.variance.dtype)
 
 
-def _keep(updates, state):
-  del updates
-  return state
+def _rows_of(layout: Layout, memory: PCAState, decay: float) -> _svd.Rows:
+  """The matrix A of the docstring."""
+  dtype, (count, rank) = memory.variance.dtype, memory.variance.shape
+  mix = jnp.diag(jnp.sqrt(_weights(memory, decay)))
+  history = mix.shape[0]
+  mix = jnp.broadcast_to(mix, (count, history, history))
+  samples = jax.tree.leaves(memory.history)
+  if decay == 0:
+    return _svd.Rows(layout, (samples,), mix)
+  scale = jnp.sqrt(decay**history * memory.variance)[:, :, None]
+  kept = scale * jnp.eye(rank, dtype=dtype)[None]
+  mix = jnp.concatenate(
+    [
+      jnp.pad(kept, ((0, 0), (0, 0), (0, history))),
+      jnp.pad(mix, ((0, 0), (0, 0), (rank, 0))),
+    ],
+    axis=1,
+  )
+  return _svd.Rows(layout, (jax.tree.leaves(memory.basis), samples), mix)
 
 
-def _like(tree, leaves):
-  """`leaves` in the structure and dtypes of the stacks in `tree`."""
+def _variance(layout: Layout, memory: PCAState, decay: float) -> jax.Array:
+  """Sum of squares of the buffer, (blocks,)."""
+  norms = _vectors.stack_norms(layout, jax.tree.leaves(memory.history))
+  return (norms.astype(memory.variance.dtype) * _weights(memory, decay)[None]).sum(1)
+
+
+def _like(tree: Any, vector: Vector) -> Any:
+  """A vector in the structure and dtypes of the stacks in `tree`."""
   old, structure = jax.tree.flatten(tree)
   return jax.tree.unflatten(
-    structure, [new.astype(x.dtype) for new, x in zip(leaves, old, strict=True)]
+    structure, [new.astype(x.dtype) for new, x in zip(vector, old, strict=True)]
   )

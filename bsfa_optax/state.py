@@ -1,0 +1,405 @@
+"""What an optimizer's state is: its bytes, shardings and layout in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax import P
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, Sharding
+import numpy as np
+import optax
+
+from bsfa_optax import _leaves
+
+# To be raised when the state's leaves change their meaning under the same names.
+VERSION = 1
+
+
+class LeafSummary(NamedTuple):
+  """A row of `summary`.
+
+  Attributes:
+    name: the leaf's path.
+    shape: its shape.
+    filtered: whether it is filtered.
+    why: why it is, or is not.
+    blocks: how many matrices it holds.
+    memory: shapes of what is remembered of one matrix.
+    memory_bytes: bytes of that, for the whole leaf.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  filtered: bool
+  why: str
+  blocks: int
+  memory: tuple[tuple[int, ...], ...]
+  memory_bytes: int
+
+
+class Summary(NamedTuple):
+  """What `summary` returns; prints as a table.
+
+  Attributes:
+    leaves: a `LeafSummary` for each leaf, once for each filter.
+    state_bytes: bytes of the whole state, that of other transformations included.
+    parameters: number of parameters.
+  """
+
+  leaves: tuple[LeafSummary, ...]
+  state_bytes: int
+  parameters: int
+
+  def __str__(self) -> str:
+    head = ('leaf', 'shape', 'filtered', 'memory', 'bytes')
+    times = lambda shape: ' x '.join(map(str, shape)) or '-'
+    rows = [
+      (
+        leaf.name,
+        times(leaf.shape),
+        'yes' if leaf.filtered else f'no: {leaf.why}',
+        ', '.join(map(times, leaf.memory)) or '-',
+        f'{leaf.memory_bytes:,}' if leaf.filtered else '-',
+      )
+      for leaf in self.leaves
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
+    each = self.state_bytes / max(self.parameters, 1)
+    lines.append(f'state: {self.state_bytes:,} bytes, {each:.1f} a parameter')
+    return '\n'.join(lines)
+
+
+def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
+  """Which leaves an optimizer filters and why, and the bytes of its state.
+
+  Args:
+    tx: any Optax transformation: a filter of this package, or what holds one (chains,
+      `optax.partition`, `optax.masked`, `optax.inject_hyperparams`, ...).
+    params: the parameters, or anything with their structure, shapes and dtypes.
+
+  Returns:
+    A `Summary`, to be printed or read.
+
+  Examples:
+    >>> import bsfa_optax, jax.numpy as jnp
+    >>> params = {
+    ...   'embed': {'embedding': jnp.ones((64, 8))},
+    ...   'layers': [{'kernel': jnp.ones((8, 8)), 'bias': jnp.ones(8)}],
+    ... }
+    >>> print(bsfa_optax.summary(bsfa_optax.bsfa_adamw(1e-3), params))
+    leaf             shape   filtered                 memory                bytes
+    embed/embedding  64 x 8  no: table of embeddings  -                     -
+    layers/0/bias    8       no: vector               -                     -
+    layers/0/kernel  8 x 8   yes                      1 x 8 x 9, 1 x 8 x 9  576
+    state: 5,264 bytes, 9.0 a parameter
+  """
+  state, found = _observed(tx, params)
+  rows = []
+  for layout, memory in found:
+    held: dict[int, Any] = {}
+    per_part = isinstance(memory, tuple) and len(memory) == len(layout.parts)
+    for i, part in enumerate(layout.parts):
+      arrays = jax.tree.leaves(memory[i]) if per_part else []
+      for leaf in part.leaves:
+        held[leaf.position] = (part, arrays)
+    for leaf in layout.leaves:
+      part, arrays = held.get(leaf.position, (None, []))
+      count = len(part.names) // len(part.leaves) if part else 0
+      batch = len(part.batch_axes) if part else 0
+      rows.append(
+        LeafSummary(
+          leaf.name,
+          leaf.shape,
+          leaf.filtered,
+          leaf.why,
+          count,
+          tuple(x.shape[batch:] for x in arrays),
+          sum(map(_bytes, arrays)) // len(part.leaves) if part else 0,
+        )
+      )
+  parameters = sum(int(np.prod(np.shape(x))) for x in jax.tree.leaves(params))
+  total = sum(map(_bytes, jax.tree.leaves(state)))
+  return Summary(tuple(rows), total, parameters)
+
+
+def block_names(tx: optax.GradientTransformation, params: optax.Params) -> list[str]:
+  """Names for the entries of what a filter measures block by block.
+
+  Args:
+    tx: as in `summary`.
+    params: as in `summary`.
+
+  Returns:
+    One name for each entry of, for example,
+    ``optax.tree.get(state, 'effective_directions')``; those of the first filter in
+    `tx`.
+
+  Examples:
+    >>> import bsfa_optax, jax.numpy as jnp
+    >>> from bsfa_optax.state import block_names
+    >>> params = {'dense': {'bias': jnp.ones(3), 'kernel': jnp.ones((2, 3))}}
+    >>> block_names(bsfa_optax.bsfa_adamw(1e-3), params)
+    ['dense/kernel']
+  """
+  _, found = _observed(tx, params)
+  return found[0][0].names if found else []
+
+
+def _observed(tx: optax.GradientTransformation, params: optax.Params) -> Any:
+  """The abstract state, and layout and memory of each filter in `tx`."""
+  found: list[Any] = []
+  _leaves.observers.append(found)
+  try:
+    state = jax.eval_shape(tx.init, params)
+  finally:
+    _leaves.observers.pop()
+  return state, found
+
+
+def _bytes(x: Any) -> int:
+  return int(np.prod(x.shape)) * x.dtype.itemsize
+
+
+def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> int:
+  """Bytes of optimizer state, before anything is allocated.
+
+  Args:
+    tx: any Optax transformation.
+    params: the parameters, or anything with their structure, shapes and dtypes
+      (``jax.ShapeDtypeStruct`` leaves are enough).
+
+  Returns:
+    The bytes of all arrays in ``tx.init(params)``, over all devices, each counted
+    once.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from bsfa_optax.state import state_bytes
+    >>> params = {'kernel': jax.ShapeDtypeStruct((128, 128), jnp.float32)}
+    >>> state_bytes(optax.adam(1e-3), params)  # two moments, one count
+    131076
+  """
+  state = jax.eval_shape(tx.init, params)
+  return sum(map(_bytes, jax.tree.leaves(state)))
+
+
+def abstract_state(
+  tx: optax.GradientTransformation, params: optax.Params, shardings: Any = None
+) -> optax.OptState:
+  """Shapes, dtypes and shardings of an optimizer's state: a target for Orbax.
+
+  Args:
+    tx: any Optax transformation; see `state_shardings`.
+    params: the parameters, or anything with their structure, shapes and dtypes.
+    shardings: as in `state_shardings`.
+
+  Returns:
+    ``tx.init(params)`` with ``jax.ShapeDtypeStruct`` leaves.
+
+  Raises:
+    ValueError: as `state_shardings`.
+
+  Examples:
+    >>> import bsfa_optax, jax, jax.numpy as jnp
+    >>> from bsfa_optax.state import abstract_state
+    >>> mesh = jax.make_mesh((1,), ('fsdp',))
+    >>> sharding = jax.NamedSharding(mesh, jax.P('fsdp'))
+    >>> kernel = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding)
+    >>> tx = bsfa_optax.bsfa(estimator=bsfa_optax.pca(rank=2, history=4))
+    >>> target = abstract_state(tx, {'kernel': kernel})
+    >>> target.memory.basis['kernel'].rows
+    ShapeDtypeStruct(shape=(2, 8, 4), dtype=float32, sharding=NamedSharding(...))
+  """
+  state = jax.eval_shape(tx.init, params)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state,
+    state_shardings(tx, params, shardings),
+  )
+
+
+def state_shardings(
+  tx: optax.GradientTransformation, params: optax.Params, shardings: Any = None
+) -> optax.OptState:
+  """Shardings of an optimizer's state: those of the parameters it is made from.
+
+  A state leaf shaped like a parameter gets the parameter's sharding, a stack of
+  rows the same behind an unsharded axis of rows, and what belongs to no parameter is
+  replicated. It is worked out by tracing ``tx.init``, so any chain, mask, partition
+  or wrapper of transformations will do; nothing is allocated.
+
+  Args:
+    tx: any Optax transformation whose `init` keeps shardings, as Optax's own do
+      (but for ``optax.lbfgs``, whose memory comes out replicated).
+    params: the parameters, or anything with their structure, shapes and dtypes.
+    shardings: a tree like the parameters (or a prefix of it) with leaves
+      ``jax.sharding.Sharding`` or ``jax.P`` (None: replicated). By default what the
+      leaves of `params` have as ``sharding``.
+
+  Returns:
+    A tree like ``tx.init(params)`` of shardings: of ``jax.P`` if `shardings` has
+    these, else of ``NamedSharding``. It is fit for ``out_shardings`` of a jitted
+    `init`, which an auto mesh needs (there a traced value does not know its sharding).
+    For parameters on a single device, every leaf is that device's sharding.
+
+  Raises:
+    ValueError: if there is no sharding, or shardings of two meshes or kinds.
+
+  Examples:
+    >>> import bsfa_optax, jax, jax.numpy as jnp
+    >>> from bsfa_optax.state import state_shardings
+    >>> params = {'kernel': jax.ShapeDtypeStruct((8, 4), jnp.float32)}
+    >>> tx = bsfa_optax.bsfa(estimator=bsfa_optax.pca(rank=2, history=4))
+    >>> specs = state_shardings(tx, params, {'kernel': jax.P('fsdp')})
+    >>> specs.memory.basis['kernel'].rows
+    P(None, 'fsdp')
+    >>> mesh = jax.make_mesh((1,), ('fsdp',))
+    >>> with jax.set_mesh(mesh):
+    ...   state = jax.jit(tx.init, out_shardings=specs)(
+    ...     {'kernel': jnp.ones((8, 4), device=jax.NamedSharding(mesh, jax.P('fsdp')))}
+    ...   )
+  """
+  leaves, structure = jax.tree.flatten(params)
+  given = _leaf_shardings(leaves, params, shardings)
+  kinds = {_kind(s) for s in given if s is not None}
+  meshes = {s.mesh for s in given if isinstance(s, NamedSharding)}
+  others = {s for s in given if s is not None and _kind(s) is Sharding}
+  if not kinds or len(kinds) > 1 or len(meshes) > 1 or len(others) > 1:
+    found = sorted({str(s) for s in given})
+    raise ValueError(
+      'shardings must be all PartitionSpecs or all NamedShardings of one mesh, got'
+      f' {found or None}; put the parameters on a mesh or give `shardings`.'
+    )
+  if others:
+    (sharding,) = others
+    return jax.tree.map(lambda _: sharding, jax.eval_shape(tx.init, params))
+
+  specs = [_spec(s) for s in given]
+  names = list(dict.fromkeys(name for spec in specs for name in _axis_names(spec)))
+  # On explicit axes the trace itself follows shardings. Their size is not needed: with
+  # 1, every shape divides.
+  mesh = AbstractMesh(
+    (1,) * len(names), tuple(names), axis_types=(AxisType.Explicit,) * len(names)
+  )
+  abstract = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    for x, spec in zip(leaves, specs, strict=True)
+  ]
+  use, no_mesh = jax.sharding.use_abstract_mesh, AbstractMesh((), ())
+  with use(no_mesh), use(mesh):  # one of another size can only be set after none
+    state = jax.eval_shape(tx.init, jax.tree.unflatten(structure, abstract))
+  (target,) = meshes or (None,)
+  explicit = target is not None and AxisType.Explicit in target.axis_types
+
+  def sharding_of(x):
+    spec = list(x.sharding.spec) if isinstance(x.sharding, NamedSharding) else []
+    while spec and spec[-1] is None and not explicit:
+      spec.pop()  # so does jit, and another spelling would compile a second time
+    return NamedSharding(target, P(*spec)) if target else P(*spec)
+
+  return jax.tree.map(sharding_of, state)
+
+
+def _leaf_shardings(leaves: list[Any], params: Any, shardings: Any) -> list[Any]:
+  if shardings is None:
+    return [getattr(x, 'sharding', None) for x in leaves]
+  out: list[Any] = []
+  jax.tree.map(
+    lambda s, sub: out.extend([s] * len(jax.tree.leaves(sub))),
+    shardings,
+    params,
+    is_leaf=lambda x: x is None,
+  )
+  return out
+
+
+def _kind(sharding: Any) -> type:
+  kinds = (NamedSharding, P)
+  return next((k for k in kinds if isinstance(sharding, k)), Sharding)
+
+
+def _spec(sharding: NamedSharding | P | None) -> P:
+  if isinstance(sharding, NamedSharding):
+    return sharding.spec
+  return P() if sharding is None else sharding
+
+
+def _axis_names(spec: P) -> Iterator[str]:
+  for entry in spec:
+    if isinstance(entry, tuple):
+      yield from entry
+    elif entry is not None:
+      yield entry
+
+
+def state_format(state: optax.OptState) -> dict[str, Any]:
+  """The layout of an optimizer's state, to be saved beside it.
+
+  Args:
+    state: the state, concrete or abstract (as of `abstract_state`); any tree will do.
+
+  Returns:
+    A dictionary fit for JSON: the version of the format of this package's states, and
+    dtype and shape of each leaf by its path.
+
+  Examples:
+    >>> import bsfa_optax, jax.numpy as jnp
+    >>> from bsfa_optax.state import state_format
+    >>> tx = bsfa_optax.bsfa(estimator=bsfa_optax.pca(rank=2, history=4))
+    >>> saved = state_format(tx.init(jnp.ones((3, 5))))
+    >>> saved['leaves']['memory/basis/rows']
+    'float32[2,3,5]'
+  """
+  leaves = {}
+  for path, x in jax.tree_util.tree_leaves_with_path(state):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    leaves[name] = f'{np.dtype(x.dtype)}[{",".join(map(str, x.shape))}]'
+  return {'version': VERSION, 'leaves': leaves}
+
+
+def check_state_format(saved: dict[str, Any], state: optax.OptState) -> None:
+  """Raises unless a checkpoint's state has the layout of `state`.
+
+  To be called before a checkpoint is read: Orbax casts to the dtype that it is asked
+  for without a word, and its error for another shape does not name the leaf.
+
+  Args:
+    saved: what `state_format` gave for the saved state.
+    state: the state to restore, concrete or abstract (as of `abstract_state`).
+
+  Raises:
+    ValueError: naming each leaf that differs, or the version.
+
+  Examples:
+    >>> import bsfa_optax, jax, jax.numpy as jnp
+    >>> from bsfa_optax.state import check_state_format, state_format
+    >>> make = lambda rank: bsfa_optax.bsfa(estimator=bsfa_optax.pca(rank, history=4))
+    >>> saved = state_format(make(2).init(jnp.ones((3, 5))))
+    >>> state = jax.eval_shape(make(3).init, jnp.ones((3, 5)))
+    >>> check_state_format(saved, state)
+    Traceback (most recent call last):
+    ValueError: the checkpoint is of an optimizer with other options ...
+      memory/basis/rows: saved float32[2,3,5], expected float32[3,3,5]
+      memory/variance: saved float32[1,2], expected float32[1,3]
+  """
+  if saved['version'] != VERSION:
+    raise ValueError(
+      f'the checkpoint has version {saved["version"]} of the state format, and this'
+      f' bsfa_optax reads version {VERSION}; restore it with the release that wrote it,'
+      ' or restore the parameters alone and initialise the optimizer anew.'
+    )
+  old, new = saved['leaves'], state_format(state)['leaves']
+  differences = [
+    f'  {name}: saved {old.get(name, "nothing")}, expected {new.get(name, "nothing")}'
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+  ]
+  if differences:
+    raise ValueError(
+      'the checkpoint is of an optimizer with other options (rank, history, dtypes,'
+      ' estimator, blocks, order of the chain); build it as it was saved. What'
+      ' differs:\n' + '\n'.join(differences)
+    )

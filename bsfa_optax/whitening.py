@@ -1,0 +1,377 @@
+"""The whitening: a filter in matrix products alone.
+
+Top to bottom: the transformation, what one refresh and one filtering make of a part,
+the arithmetic of one side, and the storage of its two matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import math
+import string
+from typing import Any, NamedTuple
+
+import jax
+from jax.lax import Precision
+import jax.numpy as jnp
+import optax
+
+from bsfa_optax import _check, _learned, _leaves, _linalg, _roots, _vectors
+from bsfa_optax._leaves import Part
+
+
+def scale_by_whitening(
+  ridge: optax.ScalarOrSchedule = 0.2,
+  *,
+  decay: float = 0.9,
+  refresh_every: _learned.Interval | None = None,
+  block_size: int = 1024,
+  leaves: _leaves.Predicate = None,
+  axes: _leaves.Axes = None,
+  batch_axes: _leaves.Axes = None,
+  axis_name: str | Sequence[str] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Whitens each matrix of the updates on both sides, in matrix products alone.
+
+  For a matrix :math:`v` of the updates let :math:`L` and :math:`R` be the moving
+  averages of :math:`v v^\top / |v|^2` and :math:`v^\top v / |v|^2` (the covariance of
+  its columns and rows), divided by their mean variance, so that their eigenvalues are 1
+  on average. The update becomes
+
+  .. math::
+    v' = (L + \epsilon I)^{-1/2}\; v\; (R + \epsilon I)^{-1/2}
+
+  with the norm that :math:`v` had. Dominant directions, of more than mean variance, are
+  damped and the bulk is amplified, each as its own variance says, with no threshold
+  between them. The ridge :math:`\epsilon` limits the amplification to
+  :math:`\epsilon^{-1/2}` a side: at 0 the whitening is complete, and a large ridge is
+  the identity.
+
+  There is no eigendecomposition. The inverse roots are polynomials of the covariances,
+  three steps of nine products in all, for all matrices of one size in one batch. Leaves
+  that are alike (the same matrix of every layer) are one array throughout, so that 100
+  layers are traced and compiled as one.
+
+  Of arrays with more than two axes the two longest have a covariance, and those between
+  share it: the positions of a convolution's window, the heads of an attention kernel.
+
+  On a mesh covariances and roots are replicated. Along an axis that is not sharded the
+  update is multiplied where it is; name these axes in `axes`. Then a step has only
+  all-reduces. A product along a sharded axis all-gathers the update along it.
+
+  Args:
+    ridge: :math:`\epsilon`, in units of the mean variance; a scalar > 0 or a schedule.
+      May be traced.
+    decay: weight of the past at a refresh, in [0, 1).
+    refresh_every: updates between two refreshes, each of which uses one update; or a
+      schedule of it, from the number of updates seen before, int32 (), rounded down
+      and at least 1. Refreshed is at the updates whose number, from 1, is a multiple
+      of it. By default it grows by one every 100 updates, from 1 to 5: the covariance
+      turns fastest at the beginning.
+    block_size: an axis of more entries is cut into equal diagonal blocks, each with its
+      own covariance, of at most so many and at most as many as the other axis has.
+    leaves: which leaves are filtered, a function ``(name, leaf) -> bool``, with names
+      like ``'layers/0/kernel'``. By default the matrices of the hidden layers and
+      the projections of continuous inputs: all arrays with two axes or more but for
+      tables of embeddings, output layers, positions, biases, scales, norms, routers and
+      convolutions of single channels, told by name, and by the length of the vocabulary
+      where a name says nothing. `bsfa_optax.summary` prints what was chosen, and why. A
+      network without names (a list of matrices) has no output layer that could be told.
+    axes: the axes that may have a covariance: a tree like the parameters (or a prefix
+      of it) with leaves None, int or tuple of ints, or a function from parameters to
+      such a tree. None stands for all that are no batch axes. A leaf without one is
+      left alone.
+    batch_axes: axes that index matrices within a leaf, such as the layers of a scan or
+      experts: given like `axes`, None for leaves without.
+    axis_name: mesh axes of ``jax.shard_map`` that split the parameters (never batch
+      axes nor `axes`, which have to be given for each leaf that is split). What is
+      summed over a block is then summed over these too. A leaf that does not vary over
+      an axis is not split by it; with ``check_vma=False`` every leaf is taken to be
+      split. Not for jit, which needs no help.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` whose state is a `FilterState`. Its
+    `memory` has for each part (a leaf, or leaves alike behind a first axis) and for
+    each of its axes with a covariance an array float32 (*batch, blocks, n, n + 1), with
+    the covariance on and below the diagonal and its inverse root above: both are
+    symmetric. ``effective_directions`` is for each block the square of the covariance's
+    trace over the trace of its square: how many directions carry the updates. Updates
+    keep their shapes and dtypes. With the extra argument ``history``, a tree like the
+    updates, it learns from that, and filters the updates. An update that is not finite
+    in a filtered leaf passes through as it is, leaves no trace in `memory` and is
+    counted in ``skipped_updates``.
+
+  Raises:
+    ValueError: for an option out of range, with its name, value and remedy, and at
+      ``init`` for `axes` or `batch_axes` that a leaf has not.
+    TypeError: at ``init`` for filtered leaves that are not real floating-point numbers,
+      at ``update`` for the state of another transformation.
+
+  Examples:
+    >>> import bsfa_optax, jax.numpy as jnp, optax
+    >>> tx = optax.chain(
+    ...   optax.scale_by_adam(nesterov=True),
+    ...   bsfa_optax.scale_by_whitening(),
+    ...   optax.scale_by_learning_rate(1e-3),
+    ... )
+    >>> params = {'kernel': jnp.diag(jnp.array([4.0, 1.0])), 'bias': jnp.zeros(2)}
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update(params, state, params)
+    >>> print(optax.tree.get(state, 'effective_directions').round(2))
+    [4.]
+
+  References:
+    Gupta, Koren, Singer, `Shampoo: Preconditioned Stochastic Tensor Optimization
+    <https://arxiv.org/abs/1802.09568>`_, 2018
+
+    Amsel, Persson, Musco, Gower, `The Polar Express: Optimal Matrix Sign Methods and
+    Their Application to the Muon Algorithm <https://arxiv.org/abs/2505.16932>`_, 2025
+
+    Zhou, Wang, Chen, Cheng, `BSFA: Leveraging the Subspace Dichotomy to Accelerate
+    Neural Network Training <https://arxiv.org/abs/2510.25244>`_, 2025
+  """
+  _check.positive_scalar('ridge', ridge)
+  _check.in_range('decay', decay, 0.0, 1.0)
+  interval = _learned.growing(100) if refresh_every is None else refresh_every
+  _check.interval('refresh_every', interval)
+  _check.positive_int('block_size', block_size)
+
+  def layout_of(params):
+    return _leaves.layout(
+      params,
+      leaves=leaves,
+      axes=axes,
+      batch_axes=batch_axes,
+      axis_name=axis_name,
+      stacked=True,
+    )
+
+  def init(layout, params):
+    del params
+    return _learned.for_each_part(
+      layout,
+      lambda part: tuple(_unlearnt(part, side) for side in _sides(part, block_size)),
+    )
+
+  def learn(layout, vector, memory, count, params, **extra_args):
+    del params, extra_args
+    e = _learned.value(ridge, count)
+    return jax.lax.cond(
+      _learned.is_due(count, interval),
+      lambda vector, memory: refresh(layout, vector, memory, e),
+      lambda vector, memory: memory,
+      vector,
+      memory,
+    )
+
+  def refresh(layout, vector, memory, e):
+    moments = [
+      [_moment(v, side, part) for side in _sides(part, block_size)]
+      for part, v in zip(layout.parts, vector, strict=True)
+    ]
+    covariances, regular = [], []
+    for part, sides, news in zip(
+      layout.parts, memory, layout.sum_over_shards(moments), strict=True
+    ):
+      for side, packed, moment in zip(
+        _sides(part, block_size), sides, news, strict=True
+      ):
+        new = decay * _covariance(packed) + (1 - decay) * _relative(moment)
+        covariances.append(new)
+        regular.append(_regular(new, side, e))
+    # All sides of one size are one batch.
+    roots = _linalg.by_size(_roots.inverse_square_root, regular)
+    old, structure = jax.tree.flatten(memory)
+    news = []
+    for covariance, root, packed in zip(covariances, roots, old, strict=True):
+      finite = jnp.isfinite(root).all((-2, -1), keepdims=True)
+      news.append(jnp.where(finite, _packed(covariance, root), packed))
+    return jax.tree.unflatten(structure, news)
+
+  def apply(layout, vector, memory, count):
+    del count
+    whitened, directions = [], []
+    for part, v, sides in zip(layout.parts, vector, memory, strict=True):
+      v = v.astype(_vectors.accumulator(v.dtype))
+      effective = jnp.ones(part.batch_shape, jnp.float32)
+      for side, packed in zip(_sides(part, block_size), sides, strict=True):
+        v = _multiplied(v, _root(packed).astype(v.dtype), side, part)
+        effective = effective * _effective_directions(_covariance(packed))
+      whitened.append(v)
+      directions.append(jnp.where(bool(sides), effective, 0))
+    whitened = _vectors.with_norm_of(layout, whitened, vector)
+    measured = jnp.concatenate([d.reshape(-1) for d in directions])
+    return whitened, {'effective_directions': measured}
+
+  return _learned.learned(
+    _learned.Family(layout_of, init, learn, apply, ('effective_directions',))
+  )
+
+
+def muon_dimension_numbers(
+  params: optax.Params,
+  *,
+  leaves: _leaves.Predicate = None,
+  batch_axes: _leaves.Axes = None,
+) -> Any:
+  """The same choice of leaves for Muon: its ``muon_weight_dimension_numbers``.
+
+  Args:
+    params: the parameters, or anything with their structure and shapes.
+    leaves: as in `scale_by_whitening`.
+    batch_axes: as in `scale_by_whitening`.
+
+  Returns:
+    A tree like the parameters of `optax.contrib.MuonDimensionNumbers`, None for leaves
+    that stay with Adam. Of an array with more axes the first or the last is one side,
+    whichever makes the squarer matrix.
+
+  Examples:
+    >>> import bsfa_optax, jax.numpy as jnp, optax
+    >>> tx = optax.contrib.muon(
+    ...   1e-3, muon_weight_dimension_numbers=bsfa_optax.muon_dimension_numbers
+    ... )
+    >>> params = {'query': {'kernel': jnp.ones((8, 2, 4)), 'bias': jnp.zeros((2, 4))}}
+    >>> bsfa_optax.muon_dimension_numbers(params)['query']['kernel']
+    MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1, 2))
+  """
+  layout = _leaves.layout(params, leaves=leaves, batch_axes=batch_axes)
+  numbers: list[Any] = [None] * len(layout.leaves)
+  for part in layout.parts:
+    size = lambda axes, part=part: math.prod(part.shape[axis] for axis in axes)
+    inner = part.inner_axes
+    halves = [(inner[:i], inner[i:]) for i in (1, len(inner) - 1)]
+    squarest = min(halves, key=lambda pair: size(pair[0]) + size(pair[1]))
+    numbers[part.leaves[0].position] = optax.contrib.MuonDimensionNumbers(*squarest)
+  return jax.tree.unflatten(jax.tree.structure(params), numbers)
+
+
+# A part and its sides.
+
+
+class Side(NamedTuple):
+  """An axis with a covariance, cut into equal diagonal blocks."""
+
+  axis: int
+  length: int
+  blocks: int
+
+  @property
+  def size(self) -> int:
+    """Entries of a block; the last one may be filled up with zeros."""
+    return -(-self.length // self.blocks)
+
+
+def _sides(part: Part, block_size: int) -> tuple[Side, ...]:
+  """The two longest of the axes that may have a covariance."""
+  fit = sorted((a for a in part.axes if part.shape[a] > 1), key=part.shape.__getitem__)
+  fit = fit[-2:]
+
+  def side(axis):
+    length, others = part.shape[axis], [part.shape[a] for a in fit if a != axis]
+    whole = length <= block_size
+    return Side(axis, length, 1 if whole else -(-length // min(block_size, *others)))
+
+  return tuple(map(side, sorted(fit)))
+
+
+def _unlearnt(part: Part, side: Side) -> jax.Array:
+  zeros, eye = jnp.zeros((side.size, side.size)), jnp.eye(side.size)
+  packed = _packed(zeros.astype(jnp.float32), eye.astype(jnp.float32))
+  return jnp.tile(packed, (*part.batch_shape, side.blocks, 1, 1))
+
+
+def _relative(moment: jax.Array) -> jax.Array:
+  """A second moment over its trace, `(*batch, blocks, n, n)`."""
+  trace = _trace(moment)
+  return (moment / jnp.where(trace > 0, trace, 1)).astype(jnp.float32)
+
+
+def _regular(covariance: jax.Array, side: Side, ridge: Any) -> jax.Array:
+  """The covariance in units of its mean variance, with the ridge."""
+  mean = _trace(covariance) / side.length
+  eye = jnp.eye(side.size, dtype=covariance.dtype)
+  eye = eye.reshape((1,) * (covariance.ndim - 2) + eye.shape)
+  ridge = jnp.asarray(ridge, covariance.dtype)
+  return covariance / jnp.where(mean > 0, mean, 1) + ridge * eye
+
+
+def _effective_directions(covariance: jax.Array) -> jax.Array:
+  """The trace's square over the trace of the square, `(*batch, blocks, n, n)`."""
+  squares = jnp.square(covariance).sum((-3, -2, -1))
+  trace = jnp.squeeze(_trace(covariance), (-3, -2, -1))
+  return jnp.square(trace) / jnp.where(squares > 0, squares, 1)
+
+
+def _trace(x: jax.Array) -> jax.Array:
+  """The trace of all blocks together, `-> (*batch, 1, 1, 1)`."""
+  return jnp.trace(x, axis1=-2, axis2=-1).sum(-1)[..., None, None, None]
+
+
+# The arithmetic of one side.
+
+
+def _in_blocks(x: jax.Array, side: Side) -> jax.Array:
+  """Cuts the side's axis in two: blocks, and entries within one."""
+  if side.blocks > 1:  # an explicit mesh reshapes no axis that is split over it
+    x = _vectors.whole(x, side.axis)
+  missing = side.blocks * side.size - side.length
+  if missing:
+    x = jnp.pad(x, [(0, missing * (a == side.axis)) for a in range(x.ndim)])
+  shape = (*x.shape[: side.axis], side.blocks, side.size, *x.shape[side.axis + 1 :])
+  return x.reshape(shape)
+
+
+def _letters(x: jax.Array, side: Side, part: Part) -> tuple[str, str, str, str]:
+  """Names of all axes in blocks, of the batch axes, of the blocks, of the entries."""
+  letters = string.ascii_lowercase[: x.ndim]
+  batch = ''.join(letters[axis + (axis > side.axis)] for axis in part.batch_axes)
+  return letters, batch, letters[side.axis], letters[side.axis + 1]
+
+
+def _moment(x: jax.Array, side: Side, part: Part) -> jax.Array:
+  """Sum of outer products of the fibres along a side, `-> (*batch, blocks, n, n)`."""
+  x = _in_blocks(x.astype(_vectors.accumulator(x.dtype)), side)
+  letters, batch, block, entry = _letters(x, side, part)
+  moment = jnp.einsum(
+    f'{letters},{letters.replace(entry, "z")}->{batch}{block}{entry}z',
+    x,
+    x,
+    precision=Precision.HIGHEST,  # its rounding is the floor of the root's error
+    out_sharding=_vectors.sharding_of(x, [None] * (len(batch) + 3)),
+  )
+  return moment
+
+
+def _multiplied(x: jax.Array, root: jax.Array, side: Side, part: Part) -> jax.Array:
+  """The product of each block of a side with its root, in the shape of `x`."""
+  given, x = x, _in_blocks(x, side)
+  letters, batch, block, entry = _letters(x, side, part)
+  x = jnp.einsum(
+    f'{letters},{batch}{block}{entry}z->{letters.replace(entry, "z")}',
+    x,
+    root,
+    out_sharding=_vectors.sharding_of(x, _vectors.spec_of(x)),
+  )
+  merged = (*x.shape[: side.axis], -1, *x.shape[side.axis + 2 :])
+  x = jax.lax.slice_in_dim(x.reshape(merged), 0, side.length, axis=side.axis)
+  return _leaves.like(x, given)
+
+
+# Two symmetric matrices in one array.
+
+
+def _packed(covariance: jax.Array, root: jax.Array) -> jax.Array:
+  """`(..., n, n)` twice `-> (..., n, n + 1)`: below, and above the diagonal."""
+  pad = lambda x, *columns: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [columns])
+  return jnp.tril(pad(covariance, 0, 1)) + jnp.triu(pad(root, 1, 0), 1)
+
+
+def _covariance(packed: jax.Array) -> jax.Array:
+  lower = jnp.tril(packed[..., :-1])
+  return lower + jnp.matrix_transpose(jnp.tril(lower, -1))
+
+
+def _root(packed: jax.Array) -> jax.Array:
+  upper = jnp.triu(packed[..., 1:])
+  return upper + jnp.matrix_transpose(jnp.triu(upper, 1))

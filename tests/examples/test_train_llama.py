@@ -1,0 +1,188 @@
+"""The example from end to end at toy size: results, interruption, errors."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import bsfa_optax
+
+pytest.importorskip('flax')
+pytest.importorskip('orbax.checkpoint')
+pytest.importorskip('tqdm')
+
+SCRIPT = Path(__file__).parents[2] / 'examples' / 'train_llama.py'
+TIMEOUT = 240  # seconds for a process: a hang is a failure
+STEPS = 130
+JOB = ['--heads', '1', '--steps', str(STEPS), '--data', 'text.txt']
+JOB += ['--optimizer', 'adamw', 'bsfa']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Holds a text and the outputs of all runs."""
+  folder = tmp_path_factory.mktemp('example')
+  words = np.random.default_rng(0).choice(['the', 'bulk', 'is', 'flat', 'schön'], 4000)
+  (folder / 'text.txt').write_text(' '.join(words), encoding='utf-8')
+  (folder / 'short.txt').write_text('too short a text')
+  return folder
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen:
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': str(Path(bsfa_optax.__file__).parents[1]),
+  }
+  return subprocess.Popen(
+    [sys.executable, '-W', 'error', str(SCRIPT), *options],
+    cwd=folder,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+  """Exit status, output and errors."""
+  out, err = process.communicate(timeout=TIMEOUT)
+  return process.returncode, out, err
+
+
+def results(output: Path) -> list[dict]:
+  return json.loads((output / 'results.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(folder):
+  """Output of a job that ran through."""
+  status, out, err = finish(start(folder, *JOB, '--output', 'whole'))
+  assert status == 0, err
+  return out, err, folder / 'whole'
+
+
+@pytest.mark.slow
+def test_job_prints_and_writes_everything(uninterrupted):
+  out, err, output = uninterrupted
+  head, *rows = out.splitlines()
+  assert 'validation loss' in head
+  assert [row.split()[0] for row in rows] == ['adamw', 'bsfa']
+  assert f'{STEPS}/{STEPS}' in err  # the bar
+  assert (output / 'loss.png').read_bytes().startswith(b'\x89PNG')
+  runs = results(output)
+  for run, row in zip(runs, rows, strict=True):
+    assert len(run['losses']) == STEPS
+    assert run['losses'][0] == runs[0]['losses'][0]  # same weights, same data
+    assert run['validation_loss'] < run['losses'][0] / 2
+    assert f'{run["validation_loss"]:.4f}' in row
+    assert run['seconds'] == sorted(run['seconds'])
+
+
+@pytest.mark.slow
+def test_resumed_job_ends_with_the_same_numbers(folder, uninterrupted):
+  output = folder / 'parts'
+  process = start(folder, *JOB, '--output', 'parts')
+  give_up = time.monotonic() + TIMEOUT
+  while process.poll() is None and not (output / 'bsfa').exists():
+    assert time.monotonic() < give_up
+    time.sleep(0.005)
+  process.send_signal(signal.SIGINT)
+  status, out, err = finish(process)
+  assert status == 128 + signal.SIGINT, err
+  assert 'Traceback' not in err
+  assert not (output / 'results.json').exists()
+  saved = [int(path.name) for path in (output / 'bsfa').glob('[0-9]*')]
+  assert len(saved) == 1
+  assert saved[0] < STEPS
+
+  python, script, *options = shlex.split(out.splitlines()[-1])
+  assert (python, script) == (sys.executable, str(SCRIPT))
+  status, _, err = finish(start(folder, *options))
+  assert status == 0, err
+  assert f'bsfa: 100%|██████████| {STEPS}/{STEPS}' in err
+  for one, other in zip(results(uninterrupted[2]), results(output), strict=True):
+    assert one['losses'] == other['losses']
+    assert one['validation_loss'] == other['validation_loss']
+
+
+@pytest.mark.slow
+def test_muon_stops_at_sigterm_as_well(folder):
+  options = ['--heads', '1', '--steps', '50000', '--optimizer', 'muon']
+  process = start(folder, *options, '--data', 'text.txt', '--output', 'stopped')
+  give_up = time.monotonic() + TIMEOUT
+  while process.poll() is None and not (folder / 'stopped' / 'muon' / '100').exists():
+    assert time.monotonic() < give_up
+    time.sleep(0.005)
+  process.send_signal(signal.SIGTERM)
+  status, out, err = finish(process)
+  assert status == 128 + signal.SIGTERM, err
+  assert '--optimizer muon' in out
+  (saved,) = (folder / 'stopped' / 'muon').glob('[0-9]*')
+  assert 100 <= int(saved.name) < 50000
+
+
+@pytest.fixture
+def error_of(folder, monkeypatch, capsys):
+  """Options to the last line of the error, in this process."""
+  spec = importlib.util.spec_from_file_location('train_llama', SCRIPT)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  monkeypatch.chdir(folder)
+
+  def run(*options: str) -> str:
+    monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *options])
+    with pytest.raises(SystemExit) as error:
+      module.main()
+    assert error.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    return err.splitlines()[-1]
+
+  return run
+
+
+@pytest.mark.parametrize(
+  ('options', 'words'),
+  [
+    (['--data', 'absent.txt'], ['absent.txt', 'No such file', 'give']),
+    (['--data', 'short.txt'], ['--data', 'bytes', 'give']),
+    (['--output', 'short.txt/sub'], ['short.txt/sub', 'Not a directory', 'give']),
+    (['--optimizer', 'sgd'], ['--optimizer', "'sgd'", 'bsfa']),
+    (['--learning-rate', '0.1'], ['--learning-rate', 'each --optimizer']),
+    (['--learning-rate', '0.1', 'nan', '1'], ['--learning-rate', 'positive']),
+    (['--steps', '0'], ['--steps', '1']),
+    (['--seed', '-1'], ['--seed', '0']),
+    (['--resume'], ['--resume', 'fresh', 'no run']),
+  ],
+  ids=lambda value: ' '.join(value) if value[0].startswith('--') else '',
+)
+def test_bad_input_is_explained(folder, error_of, options, words):
+  error = error_of('--data', 'text.txt', '--output', 'fresh', *options)
+  for word in words:
+    assert word in error
+  assert not (folder / 'fresh' / 'config.json').exists()
+
+
+@pytest.mark.slow
+def test_existing_run_is_kept(error_of, uninterrupted):
+  before = results(uninterrupted[2])
+  error = error_of(*JOB, '--output', 'whole')
+  assert '--output: whole has a run; --resume it or give another' in error
+  error = error_of(*JOB, '--output', 'whole', '--seed', '1', '--resume')
+  assert '--resume: whole has no run with these very options' in error
+  assert results(uninterrupted[2]) == before
+
+
+def test_help_has_an_example(folder):
+  status, out, err = finish(start(folder, '--help'))
+  assert status == 0, err
+  assert 'python train_llama.py --optimizer adamw bsfa' in out
+  assert out.count('\n') <= 30

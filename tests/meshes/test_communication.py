@@ -1,0 +1,157 @@
+"""What an update sends over the network, and what memory it takes."""
+
+import re
+
+import jax
+from jax import P
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+import numpy as np
+import pytest
+
+from bsfa_optax import bsfa, bsfa_adamw, dct, kronecker, pca, scale_by_whitening
+from bsfa_optax.state import abstract_state
+
+FAST = {'xla_backend_optimization_level': 0}
+MESHES = {'explicit': AxisType.Explicit, 'auto': AxisType.Auto}
+COLLECTIVE = re.compile(
+  r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)'
+  r'(?:-start)?\('
+)
+
+
+def collectives(tx, shapes, spec, kind='explicit'):
+  """For each collective of a compiled update its kind and its entries in all."""
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(MESHES[kind],))
+  with jax.set_mesh(mesh):
+    sharding = NamedSharding(mesh, spec)
+    updates = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for s in shapes]
+    state = abstract_state(tx, updates)
+    text = jax.jit(tx.update).lower(updates, state, updates).compile(FAST).as_text()
+  found = []
+  for result, name in COLLECTIVE.findall(text):
+    sizes = re.findall(r'\w+\[([\d,]*)\]', result)
+    entries = sum(int(np.prod([int(n) for n in s.split(',') if n])) for s in sizes)
+    found.append((name, entries))
+  return sorted(found)
+
+
+SLOW = pytest.mark.slow
+
+
+@SLOW
+@pytest.mark.parametrize(
+  ('solver', 'kind', 'count'),
+  [('gram', 'explicit', 4), ('gram', 'auto', 4), ('randomized', 'explicit', 7)],
+)
+def test_pca_communicates_small_sums_only(solver, count, kind):
+  tx = bsfa(estimator=pca(rank=2, history=4, solver=solver))
+  found = collectives(tx, [(8, 8)], P('fsdp'), kind)
+  assert {name for name, _ in found} == {'all-reduce'}
+  assert len(found) == count
+  # The size does not depend on the parameter count, nor the number on the leaves.
+  assert found == collectives(tx, [(64, 32)], P('fsdp'), kind)
+  assert len(collectives(tx, [(8, 8)] * 3, P('fsdp'), kind)) == count
+
+
+@pytest.mark.parametrize(
+  ('name', 'kind'),
+  [('whitening', 'explicit'), pytest.param('whitening', 'auto', marks=SLOW)]
+  + [
+    pytest.param(name, kind, marks=SLOW)
+    for name in ('bsfa_adamw', 'dct')
+    for kind in MESHES
+  ],
+)
+def test_along_whole_axes_there_are_all_reduces_alone(name, kind):
+  tx = {
+    'whitening': scale_by_whitening(axes=1),
+    'bsfa_adamw': bsfa_adamw(1e-3, filter=scale_by_whitening(axes=1)),
+    'dct': bsfa(estimator=dct(2, axes=1)),
+  }[name]
+  few = collectives(tx, [(8, 6)] * 2, P('fsdp'), kind)
+  many = collectives(tx, [(8, 6)] * 8, P('fsdp'), kind)
+  longer = collectives(tx, [(64, 6)] * 2, P('fsdp'), kind)
+  assert {name for name, _ in few + many} == {'all-reduce'}
+  assert len(many) == len(few) <= 4  # finite; two norms, or energies; moments
+  assert longer == few
+  assert max(size for _, size in many) <= 8 * 36
+
+
+@SLOW
+@pytest.mark.parametrize('kind', MESHES)
+def test_kronecker_along_whole_axes_sends_small_sums_only(kind):
+  tx = bsfa(estimator=kronecker(axes=1))
+  found = {n: collectives(tx, [(8, 6)] * n, P('fsdp'), kind) for n in (1, 3, 6)}
+  for n in found:
+    # Is the update finite; norms; second moments at a refresh.
+    assert found[n] == sorted([('all-reduce', s) for s in (1, 2 * n, 36 * n)])
+    assert found[n] == collectives(tx, [(64, 6)] * n, P('fsdp'), kind)
+
+
+@SLOW
+@pytest.mark.parametrize('spec', [P('fsdp'), P(None, 'fsdp')])
+def test_whitening_gathers_along_sharded_axes_only(spec):
+  tx = scale_by_whitening(axes=1)
+  found, larger = (collectives(tx, [(n, 4)] * 2, spec) for n in (8, 64))
+  if spec == P('fsdp'):
+    assert {name for name, _ in found} == {'all-reduce'}
+    assert found == larger
+  else:
+    assert 'all-gather' in {name for name, _ in larger}
+    assert max(size for name, size in larger if name == 'all-reduce') <= 2 * 4 * 4 + 1
+
+
+@SLOW
+@pytest.mark.parametrize('spec', [P('fsdp'), P(None, 'fsdp')])
+def test_kronecker_communicates_along_sharded_factors_only(spec):
+  # The axis with a factor is the second one.
+  tx = bsfa(estimator=kronecker(max_size=4))
+  found, larger = (collectives(tx, [(n, 4)], spec) for n in (8, 64))
+  if spec == P('fsdp'):
+    assert {name for name, _ in found} == {'all-reduce'}
+    assert found == larger
+  else:  # a rotation along a sharded axis takes all of it: see the docstring
+    gathered = [size for name, size in larger if name == 'all-gather']
+    assert gathered == [64 * 4] * (2 + 3)
+    assert {name for name, _ in larger} == {'all-gather', 'all-reduce'}
+    assert max(size for name, size in larger if name == 'all-reduce') <= 4 * 4 + 1
+
+
+@SLOW
+@pytest.mark.parametrize(
+  ('options', 'share'),
+  [
+    ({'rank': 3, 'history': 24, 'decay': 0.0, 'solver': 'gram'}, 0.5),
+    ({'rank': 4, 'history': 48, 'decay': 0.0, 'solver': 'randomized'}, 0.8),
+    ({'rank': 16, 'history': 8}, 0.9),
+  ],
+)
+def test_donated_step_has_no_second_copy_of_the_stacks(options, share):
+  leaves, shape = 12, (64, 48)
+  tx = bsfa(estimator=pca(**options))
+  params = [jax.ShapeDtypeStruct(shape, jnp.float32)] * leaves
+  state = jax.eval_shape(tx.init, params)
+  stacks = (options['rank'] + options['history']) * leaves * np.prod(shape) * 4
+
+  def memory(donate):
+    # As on accelerators; on CPU the default is to do all leaves at once.
+    compiler = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
+    step = jax.jit(tx.update, donate_argnums=donate).lower(params, state)
+    return step.compile(compiler_options=compiler).memory_analysis()
+
+  donated, kept = memory((0, 1)), memory(())
+  # All of the updates and of the state is written in place.
+  assert donated.alias_size_in_bytes == kept.output_size_in_bytes - _tuple_bytes(
+    params, state
+  )
+  # The new basis, beside the old one until a refresh ends, and one leaf in the works.
+  assert donated.temp_size_in_bytes < share * stacks
+  # Without donation, a step has the stacks twice.
+  assert kept.alias_size_in_bytes == 0
+  assert kept.output_size_in_bytes > stacks
+
+
+def _tuple_bytes(*trees):
+  """Bytes of the pointers in a compiled function's tuple of results."""
+  return 8 * len(jax.tree.leaves(trees))
