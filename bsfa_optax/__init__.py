@@ -2,6 +2,8 @@
 
 from bsfa_optax import diagnostics as diagnostics
 from bsfa_optax import estimators as estimators
+from bsfa_optax import low_rank as low_rank
+from bsfa_optax import projected as projected
 from bsfa_optax import state as state
 from bsfa_optax._learned import FilterState
 from bsfa_optax.estimators import dct, hessian_lanczos, kronecker, pca

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, get_args, Literal, NamedTuple
 
 import jax
 from jax import lax
@@ -13,12 +13,14 @@ import numpy as np
 import optax
 
 from bsfa_optax import _check
+from bsfa_optax._vectors import accumulator
+from bsfa_optax.estimators import _dct
 from bsfa_optax.low_rank import _choice, _matrices
 from bsfa_optax.low_rank._choice import Matrix
 from bsfa_optax.low_rank._matrices import product
 
 Subspace = Literal['svd', 'random', 'columns', 'dct']
-Residual = Literal['sign', 'scaled'] | None
+Residual = Literal[None, 'sign', 'scaled']
 Carry = Literal['reset', 'keep', 'rotate']
 
 _LIMIT = 1.01  # growth of the scaled residual's norm a step
@@ -34,13 +36,6 @@ class Basis(NamedTuple):
   Attributes:
     vectors: orthonormal columns (*batch, n, rank) in the parameter's dtype, or which
       columns of the identity or the cosine transform they are, int32 (*batch, rank).
-
-  Examples:
-    >>> import jax.numpy as jnp, optax
-    >>> from bsfa_optax.projected import projected
-    >>> state = projected(optax.trace(0.9), rank=2).init({'w': jnp.ones((8, 4))})
-    >>> state.projection_basis['w'].vectors.shape
-    (4, 2)
   """
 
   vectors: Any
@@ -52,13 +47,6 @@ class Coordinates(NamedTuple):
   Attributes:
     values: (*batch, m, rank), or (*batch, rank, n) if the rows are the shorter side, in
       the parameter's dtype and with its sharding on the longer side.
-
-  Examples:
-    >>> import jax.numpy as jnp, optax
-    >>> from bsfa_optax.projected import projected
-    >>> state = projected(optax.trace(0.9), rank=2).init({'w': jnp.ones((8, 4))})
-    >>> state.coordinate_state.trace['w'].values.shape
-    (8, 2)
   """
 
   values: Any
@@ -132,8 +120,8 @@ def projected(
       (``nu``, ``nu_max``, ``sum_of_squares``) by its square.
     scale: factor of the part in the subspace.
     leaves: a function of a leaf's name, such as ``'layers/0/kernel'``, and the leaf,
-      that says which are projected. None: every matrix whose name has none of embed,
-      head, norm, bias and position in it.
+      that says which are projected. None: the matrices that
+      `bsfa_optax.scale_by_whitening` takes.
     batch_axes: how many leading axes index layers, 1 for layers stacked for a scan; or
       a function of name and leaf.
     seed: of the random choices, which depend on it and the count alone.
@@ -166,18 +154,18 @@ def projected(
     <https://arxiv.org/abs/2403.03507>`_, 2024; and what is cited in `frugal`, `fira`
     and `dct_adamw`
   """
-  _check_options(inner, subspace, residual, refresh_every, carry, scale)
+  _check.transformation('inner', inner)
+  _one_of('subspace', subspace, get_args(Subspace))
+  _one_of('residual', residual, get_args(Residual))
+  _one_of('carry', carry, get_args(Carry))
+  _check.positive_int('refresh_every', refresh_every)
+  _check.multiplier('scale', scale)
   _choice.check(rank, leaves, batch_axes)
   inner = optax.with_extra_args_support(inner)
   find = lambda tree: _Plan(tree, _choice.matrices(tree, rank, leaves, batch_axes))
 
   def init(params):
     plan = find(params)
-    if jax.tree.leaves(params) and not plan.matrices:
-      raise ValueError(
-        f'leaves chose no matrix among {len(plan.given)} arrays; name some in `leaves`,'
-        ' or say in batch_axes how many leading axes index layers.'
-      )
     norms = optax.MaskedNode()
     if residual == 'scaled':
       norms = plan.each(lambda p, m: _matrices.zeros(p, p.shape[:-2], _specs(p, m)[0]))
@@ -290,10 +278,6 @@ class _Plan:
     )
 
 
-def _wide(x: Any) -> Any:
-  return np.promote_types(x.dtype, np.float32)
-
-
 def _specs(x: Any, m: Matrix) -> tuple[tuple[Any, ...], Any, Any]:
   """The partition of the batch axes, of the longer and of the shorter side."""
   *batch, rows, columns = _matrices.spec_of(x)
@@ -329,37 +313,13 @@ def _new_basis(
   else:
     if subspace == 'columns':
       score = jax.random.uniform(key, (*tall.shape[:-2], tall.shape[-1]))
-      score = _matrices.place(score, g, (*batch, None))
     else:
-      everything = jnp.arange(tall.shape[-1])
-      spread = product(
-        'ms,sk->mk', tall, _batched(_cosines(everything, len(everything)), g)
-      )
+      spread = product('ms,ks->mk', tall, _dct.cosines(tall.shape[-1], np.float32))
       score = jnp.abs(spread).sum(-2)
-      score = _matrices.place(score, g, (*batch, None))
+    score = _matrices.place(score, g, (*batch, None))
     return jnp.sort(_matrices.greatest(score, m.rank), axis=-1)
   new = _matrices.place(new.astype(g.dtype), g, (*batch, short, None))
   return jnp.where(jnp.isfinite(new).all(), new, old)
-
-
-def _batched(matrix: jax.Array, like: jax.Array) -> jax.Array:
-  out = jnp.broadcast_to(matrix, (*like.shape[:-2], *matrix.shape))
-  return _matrices.place(out, like, (*_matrices.spec_of(like)[:-2], None, None))
-
-
-def _rows(columns: jax.Array, n: int) -> jax.Array:
-  """The row's number in (*batch, n, r), for columns (*batch, r)."""
-  shape = (*columns.shape[:-1], n, columns.shape[-1])
-  rows = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
-  return _matrices.place(rows, columns, (*_matrices.spec_of(columns)[:-1], None, None))
-
-
-def _cosines(columns: jax.Array, n: int) -> jax.Array:
-  """Columns of the orthonormal cosine transform of type 3: (*batch, r) to (*, n, r)."""
-  rows = _rows(columns, n)
-  phase = (rows * (2 * columns[..., None, :] + 1)) % (4 * n)  # whole turns lose digits
-  values = jnp.cos(phase.astype(jnp.float32) * (np.pi / (2 * n))) * np.sqrt(2 / n)
-  return jnp.where(rows == 0, values * np.sqrt(0.5), values)
 
 
 def _dense(basis: jax.Array, m: Matrix, subspace: Subspace, like: Any) -> jax.Array:
@@ -367,12 +327,11 @@ def _dense(basis: jax.Array, m: Matrix, subspace: Subspace, like: Any) -> jax.Ar
   if subspace in ('svd', 'random'):
     return basis
   batch, _, short = _specs(like, m)
-  n = min(m.rows, m.columns)
+  columns = _matrices.one_hot(basis, min(m.rows, m.columns), np.float32)
   if subspace == 'dct':
-    columns = _cosines(basis, n)
-  else:
-    columns = (_rows(basis, n) == basis[..., None, :]).astype(jnp.float32)
-  return _matrices.place(columns, like, (*batch, short, None))
+    cosines = _dct.cosines(columns.shape[-1], np.float32)
+    columns = product('rk,ks->rs', columns, cosines)
+  return _matrices.place(jnp.swapaxes(columns, -1, -2), like, (*batch, short, None))
 
 
 def _down(g: jax.Array, m: Matrix, p: jax.Array) -> Coordinates:
@@ -409,10 +368,8 @@ def _carried(
   overlaps = plan.values(plan.each(overlap, new, old))
 
   def of_coordinates(x):
-    return (
-      jax.tree.structure(x) == structure
-      and [leaf.shape for leaf in jax.tree.leaves(x)] == shapes
-    )
+    leaves, treedef = jax.tree.flatten(x)
+    return treedef == structure and [leaf.shape for leaf in leaves] == shapes
 
   def turn(path, node):
     if not of_coordinates(node):
@@ -441,7 +398,7 @@ def _whole(
   last: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """The update of a whole matrix, and the norm of its rest if that is scaled."""
-  scale = jnp.asarray(scale, _wide(g))
+  scale = jnp.asarray(scale, accumulator(g.dtype))
   inside = _up(step, m, p) * scale
   if residual is None:
     return inside.astype(g.dtype), last
@@ -470,21 +427,6 @@ def _limited(
   growth = jnp.where(count > 0, jnp.maximum(size / (last + 1e-8), _LIMIT) / _LIMIT, 1)
   rest = rest / growth[..., None, None]
   return rest, (size / growth).astype(jnp.float32)
-
-
-def _check_options(
-  inner: Any, subspace: Any, residual: Any, refresh_every: Any, carry: Any, scale: Any
-) -> None:
-  _check.transformation('inner', inner)
-  _one_of('subspace', subspace, ('svd', 'random', 'columns', 'dct'))
-  _one_of('residual', residual, (None, 'sign', 'scaled'))
-  _one_of('carry', carry, ('reset', 'keep', 'rotate'))
-  _check.positive_int('refresh_every', refresh_every)
-  if callable(scale):
-    raise ValueError(
-      f'scale must be a number, got {scale!r}; schedule the learning rate.'
-    )
-  _check.multiplier('scale', scale)
 
 
 def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -576,30 +518,18 @@ def galore(
 
 
 def fira(
-  learning_rate: optax.ScalarOrSchedule,
-  rank: int | float = 128,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-6,
-  weight_decay: float = 0.0,
-  *,
-  scale: float = 0.25,
-  **options: Any,
+  learning_rate: optax.ScalarOrSchedule, rank: int | float = 128, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
   """Fira: GaLore, with what lies outside the subspace scaled as Adam scales inside.
 
   With the authors' defaults for pre-training. As in their code, the rest is what
-  `scale` times the projection leaves; in the paper's formula, all of the complement.
+  `scale` (0.25) times the projection leaves; in the paper's formula, all of the
+  complement.
 
   Args:
     learning_rate: a scalar or a schedule.
     rank: as in `projected`.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
-    eps: term added to the denominator.
-    weight_decay: strength of the decoupled weight decay.
-    scale: factor of the projected update.
-    **options: what else `projected` takes.
+    **options: what else `galore` takes.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
@@ -618,16 +548,7 @@ def fira(
     Chen, Feng, Li, Lai, Yue, Yuan, Wang, `Fira: Can We Achieve Full-rank Training of
     LLMs Under Low-rank Constraint? <https://arxiv.org/abs/2410.01623>`_, 2024
   """
-  return galore(
-    learning_rate,
-    rank,
-    b1,
-    b2,
-    eps,
-    weight_decay,
-    scale=scale,
-    **{'residual': 'scaled', **options},
-  )
+  return galore(learning_rate, rank, **{'residual': 'scaled', **options})
 
 
 def frugal(
@@ -681,13 +602,7 @@ def frugal(
 
 
 def dct_adamw(
-  learning_rate: optax.ScalarOrSchedule,
-  rank: int | float = 128,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  weight_decay: float = 0.0,
-  **options: Any,
+  learning_rate: optax.ScalarOrSchedule, rank: int | float = 128, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
   """DCT-AdamW: Adam in columns of a cosine transform, chosen anew at every update.
 
@@ -698,11 +613,8 @@ def dct_adamw(
   Args:
     learning_rate: a scalar or a schedule.
     rank: as in `projected`; the authors give no default.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
-    eps: term added to the denominator.
-    weight_decay: strength of the decoupled weight decay; the authors give no default.
-    **options: what else `projected` takes.
+    **options: what else `frugal` takes; `weight_decay` is 0, for which the authors give
+      no default.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
@@ -722,9 +634,6 @@ def dct_adamw(
     Subspace Selection for Low-Rank Adaptive Optimization of Large Language Models
     <https://arxiv.org/abs/2505.17967>`_, 2025
   """
-  by_cosines = {'subspace': 'dct', 'carry': 'rotate', 'refresh_every': 1}
-  return optax.chain(
-    projected(optax.scale_by_adam(b1, b2, eps), rank, **{**by_cosines, **options}),
-    optax.add_decayed_weights(weight_decay),
-    optax.scale_by_learning_rate(learning_rate),
-  )
+  by_cosines: dict[str, Any] = {'subspace': 'dct', 'residual': None, 'carry': 'rotate'}
+  by_cosines |= {'refresh_every': 1, 'weight_decay': 0.0}
+  return frugal(learning_rate, rank, **{**by_cosines, **options})

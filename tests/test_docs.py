@@ -8,7 +8,7 @@ import re
 import pytest
 
 import bsfa_optax
-from bsfa_optax import diagnostics, estimators, state
+from bsfa_optax import diagnostics, estimators, low_rank, projected, state
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -24,11 +24,17 @@ NO_EXAMPLES = {
   'bsfa_optax.diagnostics.HessianTopK',
   'bsfa_optax.diagnostics.CurvatureEnergy',
   'bsfa_optax.diagnostics.CurvatureSplit',
+  'bsfa_optax.projected.Basis',
+  'bsfa_optax.projected.Coordinates',
+  'bsfa_optax.low_rank.Spectrum',
+  'bsfa_optax.low_rank.FrozenSpectrum',
+  'bsfa_optax.low_rank.Factors',
+  'bsfa_optax.low_rank.FrozenFactors',
 }
 PYTHON = re.compile(r'^```python\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
 
-MODULES = [bsfa_optax, estimators, diagnostics, state]
+MODULES = [bsfa_optax, estimators, diagnostics, low_rank, projected, state]
 # Of a module without `__all__` what is defined there; the package's names count once.
 PUBLIC = {
   f'{module.__name__}.{name}'
@@ -36,7 +42,9 @@ PUBLIC = {
   for name in getattr(module, '__all__', vars(module))
   if not name.startswith('_')
   and callable(getattr(module, name))
-  and (module is not state or getattr(module, name).__module__ == state.__name__)
+  and (
+    hasattr(module, '__all__') or getattr(module, name).__module__ == module.__name__
+  )
 }
 ALIASES = {f'bsfa_optax.{n}' for n in bsfa_optax.__all__}
 

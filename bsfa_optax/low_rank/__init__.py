@@ -11,7 +11,6 @@ from bsfa_optax.low_rank._nodes import (
 from bsfa_optax.low_rank._train import (
   init,
   join,
-  LoRA,
   lora,
   merge,
   relora,
@@ -20,16 +19,13 @@ from bsfa_optax.low_rank._train import (
   RenewableState,
   retract,
   rewarmed,
-  SST,
   sst,
 )
 
 __all__ = [
-  'SST',
   'Factors',
   'FrozenFactors',
   'FrozenSpectrum',
-  'LoRA',
   'LowRankArray',
   'RenewableState',
   'Spectrum',

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bsfa_optax import _check
+from bsfa_optax import _check, _leaves
+from bsfa_optax._leaves import Predicate
 
-Leaves = Callable[[str, Any], bool] | None
 BatchAxes = int | Callable[[str, Any], int]
-
-_OTHER_NAMES = ('embed', 'head', 'norm', 'bias', 'position')
 
 
 class Matrix(NamedTuple):
   """A leaf that was chosen."""
 
-  name: str
   rows: int
   columns: int
   rank: int
@@ -33,12 +29,11 @@ class Matrix(NamedTuple):
 
 
 def is_box(x: Any) -> bool:
-  """Whether `x` is one of Flax's boxes around one array."""
-  boxed = hasattr(x, 'get_metadata') or hasattr(x, 'unbox')
-  return boxed and len(jax.tree.leaves(x)) == 1
+  """Whether `x` is one of Flax's boxes, around one array."""
+  return _leaves.is_box(x) and len(jax.tree.leaves(x)) == 1
 
 
-def named(tree: Any) -> list[tuple[str, Any]]:
+def _named(tree: Any) -> list[tuple[str, Any]]:
   """The arrays of a tree with their names, which are those of their boxes."""
   return [
     (jax.tree_util.keystr(path, simple=True, separator='/'), x)
@@ -47,41 +42,38 @@ def named(tree: Any) -> list[tuple[str, Any]]:
   ]
 
 
-def _chosen(params: Any, leaves: Leaves, batch_axes: BatchAxes) -> list[bool]:
-  """For each leaf, whether it is a matrix, or a stack of them, to work on."""
-  out = []
-  for name, leaf in named(params):
-    batch = batch_axes(name, leaf) if callable(batch_axes) else batch_axes
-    matrix = leaf.ndim == 2 + batch and jnp.issubdtype(leaf.dtype, jnp.floating)
-    if leaves is None:
-      out.append(matrix and not any(w in name.lower() for w in _OTHER_NAMES))
-    elif leaves(name, leaf):
-      if not matrix:
-        raise ValueError(
-          f'leaves chose {name!r}, which is no real matrix: shape {leaf.shape}, dtype'
-          f' {leaf.dtype}, with batch_axes {batch}. Leave it out, or say in batch_axes'
-          ' how many leading axes index layers; split a complex leaf with'
-          ' optax.contrib.split_real_and_imaginary.'
-        )
-      out.append(True)
-    else:
-      out.append(False)
-  return out
-
-
 def matrices(
-  params: Any, rank: int | float, leaves: Leaves, batch_axes: BatchAxes
+  params: Any, rank: int | float, leaves: Predicate, batch_axes: BatchAxes
 ) -> list[Matrix | None]:
   """For each leaf its `Matrix`, or None if it is left alone."""
+  named = _named(params)
+  batch = [batch_axes(*x) if callable(batch_axes) else batch_axes for x in named]
+  if leaves is None:
+    inner = [x.shape[n:] for (_, x), n in zip(named, batch, strict=True)]
+    by_rule = _leaves.default_rule([name for name, _ in named], inner)
+    chosen = [yes for yes, _ in by_rule]
+  else:
+    chosen = [leaves(name, x) for name, x in named]
   out: list[Matrix | None] = []
-  for (name, leaf), chosen in zip(
-    named(params), _chosen(params, leaves, batch_axes), strict=True
-  ):
-    if chosen:
-      rows, columns = leaf.shape[-2:]
-      out.append(Matrix(name, rows, columns, _rank(rank, name, leaf)))
+  for (name, x), n, yes in zip(named, batch, chosen, strict=True):
+    matrix = x.ndim == 2 + n and jnp.issubdtype(x.dtype, jnp.floating)
+    if yes and not matrix and leaves is not None:
+      raise ValueError(
+        f'leaves chose {name!r}, which is no real matrix: shape {x.shape}, dtype'
+        f' {x.dtype}, with batch_axes {n}. Leave it out, or say in batch_axes how many'
+        ' leading axes index layers; split a complex leaf with'
+        ' optax.contrib.split_real_and_imaginary.'
+      )
+    if yes and matrix:
+      rows, columns = x.shape[-2:]
+      out.append(Matrix(rows, columns, _rank(rank, name, x)))
     else:
       out.append(None)
+  if named and not any(out):
+    raise ValueError(
+      f'leaves chose no matrix among {len(named)} arrays; name some in `leaves`, or say'
+      ' in batch_axes how many leading axes index layers.'
+    )
   return out
 
 
@@ -113,16 +105,11 @@ def check(rank: Any, leaves: Any, batch_axes: Any) -> None:
       f'leaves must be a function (name, leaf) -> bool or None, got {leaves!r}; as in'
       " leaves=lambda name, leaf: 'mlp' in name."
     )
-  if not callable(batch_axes):
-    try:
-      valid = operator.index(batch_axes) >= 0
-    except TypeError:
-      valid = False
-    if not valid:
-      raise ValueError(
-        'batch_axes must be the number of leading axes that index layers, or a function'
-        f' (name, leaf) -> number, got {batch_axes!r}; 1 for layers stacked for a scan.'
-      )
+  if not callable(batch_axes) and not (isinstance(batch_axes, int) and batch_axes >= 0):
+    raise ValueError(
+      'batch_axes must be the number of leading axes that index layers, or a function'
+      f' (name, leaf) -> number, got {batch_axes!r}; 1 for layers stacked for a scan.'
+    )
 
 
 _SCHEDULES = (optax.ScaleByScheduleState,)

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from bsfa_optax import _linalg
+from bsfa_optax._vectors import accumulator, sharding_of, spec_of
 
 OVERSAMPLING = 8
 POWER_ITERATIONS = 2
@@ -30,50 +31,35 @@ def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   return tuple(jnp.linalg.svd(matrix, full_matrices=False))
 
 
-def spec_of(x: Any) -> tuple[Any, ...]:
-  """The partition of every axis of an array or `jax.ShapeDtypeStruct`."""
-  sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
-  if sharding is None:
-    sharding = getattr(jax.typeof(x), 'sharding', None)
-  spec = tuple(sharding.spec) if isinstance(sharding, NamedSharding) else ()
-  return spec + (None,) * (x.ndim - len(spec))
-
-
-def sharding_for(x: Any, spec: Sequence[Any]) -> NamedSharding | None:
-  """`spec` on the explicit mesh of `x`; None where there is no explicit mesh."""
-  mesh = jax.typeof(x).sharding.mesh
-  if mesh.empty or AxisType.Explicit not in mesh.axis_types:
-    return None
-  return NamedSharding(mesh, PartitionSpec(*spec))
-
-
 def place(x: jax.Array, like: Any, spec: Sequence[Any]) -> jax.Array:
   """`x` with `spec` on the explicit mesh of `like`."""
-  sharding = sharding_for(like, spec)
+  sharding = sharding_of(like, spec)
   return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 def zeros(like: Any, shape: Sequence[int], spec: Sequence[Any]) -> jax.Array:
   """Zeros in the dtype and on the mesh of `like`."""
-  return jnp.zeros(shape, like.dtype, out_sharding=sharding_for(like, spec))
+  return jnp.zeros(shape, like.dtype, out_sharding=sharding_of(like, spec))
 
 
 def product(
   subscripts: str, *operands: jax.Array, precision: Any = lax.Precision.HIGHEST
 ) -> jax.Array:
-  """`einsum` behind batch axes that all operands share; the result in float32 or wider.
+  """`einsum` behind batch axes; the result in float32 or wider.
 
   Args:
     subscripts: as for einsum, in lower case, without the batch axes.
-    *operands: arrays whose leading axes that have no letter are batch axes.
+    *operands: arrays; leading axes that have no letter are batch axes, which an operand
+      has all or none of.
     precision: as for einsum. If it is None, the operands keep their dtype.
   """
   inputs, output = subscripts.split('->')
   terms = inputs.split(',')
-  batch = string.ascii_uppercase[: operands[0].ndim - len(terms[0])]
-  terms, output = [batch + term for term in terms], batch + output
+  own = [x.ndim - len(term) for x, term in zip(operands, terms, strict=True)]
+  terms = [string.ascii_uppercase[:n] + x for n, x in zip(own, terms, strict=True)]
+  output = string.ascii_uppercase[: max(own)] + output
   dtype = functools.reduce(np.promote_types, [x.dtype for x in operands])
-  wide = np.promote_types(dtype, np.float32)
+  wide = accumulator(dtype)
   partition: dict[str, Any] = {}
   for term, x in zip(terms, operands, strict=True):
     partition |= {c: axis for c, axis in zip(term, spec_of(x), strict=True) if axis}
@@ -82,7 +68,7 @@ def product(
     *(x.astype(dtype if precision is None else wide) for x in operands),
     precision=precision,
     preferred_element_type=wide,
-    out_sharding=sharding_for(operands[0], [partition.get(c) for c in output]),
+    out_sharding=sharding_of(operands[0], [partition.get(c) for c in output]),
   )
 
 
@@ -98,7 +84,7 @@ def each_matrix(f: Callable, x: jax.Array) -> Any:
     return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), results)
 
   x = place(x, x, (*spec, None, None))
-  if any(spec) and sharding_for(x, spec) is not None:
+  if any(spec) and sharding_of(x, spec) is not None:
     specs = PartitionSpec(*spec)
     return jax.shard_map(local, in_specs=specs, out_specs=specs)(x)
   return local(x)
@@ -117,6 +103,14 @@ def orthonormal(y: jax.Array) -> jax.Array:
   return y
 
 
+def one_hot(index: jax.Array, n: int, dtype: Any) -> jax.Array:
+  """Rows of the identity, `(*batch, r, n)` for indices `(*batch, r)`."""
+  shape = (*index.shape, n)
+  columns = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+  columns = place(columns, index, (*spec_of(index), None))
+  return (columns == index[..., None]).astype(dtype)
+
+
 def greatest(score: jax.Array, count: int) -> jax.Array:
   """Indices of the greatest `(*batch, n)`, int32; top_k would gather the batch."""
   order = jnp.argsort(score, axis=-1, descending=True)
@@ -127,7 +121,7 @@ def gaussian(key: jax.Array, like: jax.Array, columns: int) -> jax.Array:
   """Normal numbers `(*batch, n, columns)` for `like` of shape `(*batch, m, n)`."""
   spec = spec_of(like)
   shape = (*like.shape[:-2], like.shape[-1], columns)
-  dtype = np.promote_types(like.dtype, np.float32)
+  dtype = accumulator(like.dtype)
   return place(jax.random.normal(key, shape, dtype), like, (*spec[:-2], spec[-1], None))
 
 
@@ -137,7 +131,7 @@ def top_directions(g: jax.Array, rank: int, key: jax.Array) -> jax.Array:
   Orthogonal iteration from a random start (Halko, Martinsson, Tropp, 2011). The matrix
   is used in products alone, and so is never gathered.
   """
-  g = g.astype(np.promote_types(g.dtype, np.float32))
+  g = g.astype(accumulator(g.dtype))
   square = jnp.square(g).sum((-2, -1), keepdims=True)
   scale = lax.rsqrt(jnp.where(square > 0, square, 1))
   step = lambda q: product('ms,mk->sk', g, product('ms,sk->mk', g, q) * scale) * scale

@@ -9,10 +9,10 @@ import sys
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from bsfa_optax._vectors import accumulator
 from bsfa_optax.low_rank import _matrices
 from bsfa_optax.low_rank._matrices import product
 
@@ -28,15 +28,6 @@ class Spectrum:
     u: the drawn left vectors (*batch, m, rank).
     s: all singular values (*batch, k).
     v: the drawn right vectors (*batch, n, rank).
-
-  Examples:
-    >>> import jax, jax.numpy as jnp
-    >>> from bsfa_optax import low_rank
-    >>> parts = low_rank.init(
-    ...   {'w': jnp.ones((6, 4))}, jax.random.key(0), low_rank.sst(2)
-    ... )
-    >>> parts[0]['w'].s.shape
-    (4,)
   """
 
   u: Any
@@ -56,15 +47,6 @@ class FrozenSpectrum:
     draws: draws since the last decomposition, int32 ().
     draws_per_svd: draws between two decompositions.
     enhanced: whether vectors get a gradient without their singular value.
-
-  Examples:
-    >>> import jax, jax.numpy as jnp
-    >>> from bsfa_optax import low_rank
-    >>> parts = low_rank.init(
-    ...   {'w': jnp.ones((6, 4))}, jax.random.key(0), low_rank.sst(2)
-    ... )
-    >>> parts[1]['w'].drawn.shape
-    (2,)
   """
 
   u: Any
@@ -76,11 +58,7 @@ class FrozenSpectrum:
 
   def one_hot(self, dtype: Any) -> jax.Array:
     """The drawn columns of the identity as rows, (*batch, rank, k)."""
-    shape = (*self.drawn.shape, self.u.shape[-1])
-    columns = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-    spec = (*_matrices.spec_of(self.drawn), None)
-    columns = _matrices.place(columns, self.drawn, spec)
-    return (columns == self.drawn[..., None]).astype(dtype)
+    return _matrices.one_hot(self.drawn, self.u.shape[-1], dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -92,15 +70,6 @@ class Factors:
     i: (*batch, m, rank).
     j: (*batch, rank, n).
     magnitude: the norms of the columns (*batch, n), or None where they are not fixed.
-
-  Examples:
-    >>> import jax, jax.numpy as jnp
-    >>> from bsfa_optax import low_rank
-    >>> parts = low_rank.init(
-    ...   {'w': jnp.ones((6, 4))}, jax.random.key(0), low_rank.lora(2)
-    ... )
-    >>> parts[0]['w'].j.shape
-    (2, 4)
   """
 
   i: Any
@@ -117,15 +86,6 @@ class FrozenFactors:
     w: W0, (*batch, m, n).
     scale: what multiplies the product of the factors.
     restart: whether `renew` adds the product to W0 and starts the factors anew.
-
-  Examples:
-    >>> import jax, jax.numpy as jnp
-    >>> from bsfa_optax import low_rank
-    >>> parts = low_rank.init(
-    ...   {'w': jnp.ones((6, 4))}, jax.random.key(0), low_rank.relora(2)
-    ... )
-    >>> parts[1]['w'].restart
-    True
   """
 
   w: Any
@@ -193,9 +153,9 @@ class LowRankArray:
     """The matrix as an array of `shape` and `dtype`."""
     trained, frozen = self.trained, self.frozen
     if isinstance(trained, Spectrum):
-      others, own = split_values(trained, frozen)
-      whole = _outer(frozen.u, others, frozen.v, False, precision)
-      whole += _outer(trained.u, own, trained.v, frozen.enhanced, precision)
+      others, own = _split_values(trained, frozen)
+      whole = _spectral(None, frozen.u, others, frozen.v, False, precision)
+      whole += _spectral(None, trained.u, own, trained.v, frozen.enhanced, precision)
       return whole.astype(self.dtype)
     change = product('mr,rn->mn', trained.i, trained.j, precision=precision)
     whole = frozen.w.astype(change.dtype) + frozen.scale * change
@@ -251,7 +211,7 @@ def column_norms(w: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.where(square > 0, square, 1))
 
 
-def split_values(
+def _split_values(
   trained: Spectrum, frozen: FrozenSpectrum
 ) -> tuple[jax.Array, jax.Array]:
   """Singular values with 0 for the drawn ones (*batch, k), and those (*batch, rank)."""
@@ -260,81 +220,60 @@ def split_values(
   return trained.s * (1 - hot.sum(-2)), own
 
 
-def _weight(s: jax.Array, enhanced: bool) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _spectral(
+  x: jax.Array | None,
+  u: jax.Array,
+  s: jax.Array,
+  v: jax.Array,
+  enhanced: bool,
+  precision: Any = None,
+) -> jax.Array:
+  """x U S V^T for x (..., m), or U S V^T if it is None; in float32 or wider."""
+  return _spectral_forward(x, u, s, v, enhanced, precision)[0]
+
+
+def _spectral_forward(x, u, s, v, enhanced, precision):
+  lead = _lead(x)
+  left = u
+  if x is not None:
+    left = product(f'{lead}m,mk->{lead}k', x, u, precision=precision).astype(u.dtype)
+  out = _columns_times(left, s, lead)
+  out = product(f'{lead}k,nk->{lead}n', out, v, precision=precision)
+  return out, (x, u, s, v, left)
+
+
+def _spectral_backward(enhanced, precision, kept, g):
+  x, u, s, v, left = kept
+  lead = _lead(x)
+  multiply = functools.partial(product, precision=precision)
+  g = g if precision is not None else g.astype(u.dtype)
+  right = multiply(f'{lead}n,nk->{lead}k', g, v)
+  over = tuple(range(-1 - len(lead), -1))
+  values = (left.astype(right.dtype) * right).sum(over).astype(s.dtype)
+  right = right if precision is not None else right.astype(u.dtype)
   # Values turn negative in training, and without its sign the gradient would too.
-  return jnp.where(s < 0, -1, 1).astype(s.dtype) if enhanced else s
+  weight = jnp.where(s < 0, -1, 1).astype(s.dtype) if enhanced else s
+  of_u = _columns_times(right, weight, lead)
+  of_v = multiply(f'{lead}n,{lead}k->nk', g, _columns_times(left, weight, lead))
+  of_x = None
+  if x is not None:
+    of_u = multiply(f'{lead}m,{lead}k->mk', x, of_u)
+    of_x = multiply(f'{lead}k,mk->{lead}m', _columns_times(right, s, lead), u)
+    of_x = of_x.astype(x.dtype)
+  return of_x, of_u.astype(u.dtype), values, of_v.astype(v.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _outer(
-  u: jax.Array, s: jax.Array, v: jax.Array, enhanced: bool, precision: Any
-) -> jax.Array:
-  """U S V^T."""
-  return product(
-    'mk,nk->mn', u * s.astype(u.dtype)[..., None, :], v, precision=precision
-  )
+def _lead(x: jax.Array | None) -> str:
+  """Letters of all axes but the last; of a matrix for None."""
+  return 'm' if x is None else 'abcdefgh'[: x.ndim - 1]
 
 
-def _outer_forward(u, s, v, enhanced, precision):
-  return _outer(u, s, v, enhanced, precision), (u, s, v)
+def _columns_times(x: jax.Array, s: jax.Array, lead: str) -> jax.Array:
+  return x * jnp.expand_dims(s.astype(x.dtype), tuple(range(-1 - len(lead), -1)))
 
 
-def _outer_backward(enhanced, precision, kept, g):
-  u, s, v = kept
-  g = g if precision is not None else g.astype(np.promote_types(u.dtype, v.dtype))
-  left = product('mn,nk->mk', g, v, precision=precision)
-  right = product('mn,mk->nk', g, u, precision=precision)
-  weight = _weight(s, enhanced).astype(left.dtype)[..., None, :]
-  values = (left * u.astype(left.dtype)).sum(-2)
-  return (
-    (left * weight).astype(u.dtype),
-    values.astype(s.dtype),
-    (right * weight).astype(v.dtype),
-  )
-
-
-_outer.defvjp(_outer_forward, _outer_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _through(
-  x: jax.Array, u: jax.Array, s: jax.Array, v: jax.Array, enhanced: bool
-) -> jax.Array:
-  """x U S V^T for x (..., m)."""
-  lead = 'abcdefgh'[: x.ndim - 1]
-  inner = _columns_times(product(f'{lead}m,mk->{lead}k', x, u, precision=None), s)
-  inner = inner.astype(x.dtype)
-  return product(f'{lead}k,nk->{lead}n', inner, v, precision=None).astype(x.dtype)
-
-
-def _columns_times(x: jax.Array, s: jax.Array) -> jax.Array:
-  return x * s.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-def _through_forward(x, u, s, v, enhanced):
-  return _through(x, u, s, v, enhanced), (x, u, s, v)
-
-
-def _through_backward(enhanced, kept, g):
-  x, u, s, v = kept
-  lead = 'abcdefgh'[: x.ndim - 1]
-  left = product(f'{lead}m,mk->{lead}k', x, u, precision=None)
-  right = product(f'{lead}n,nk->{lead}k', g, v, precision=None)
-  weight, narrow = _weight(s, enhanced), lambda y: y.astype(x.dtype)
-  transpose = functools.partial(product, f'{lead}m,{lead}k->mk', precision=None)
-  return (
-    narrow(
-      product(
-        f'{lead}k,mk->{lead}m', narrow(_columns_times(right, s)), u, precision=None
-      )
-    ),
-    transpose(x, narrow(_columns_times(right, weight))).astype(u.dtype),
-    (left * right).sum(range(x.ndim - 1)).astype(s.dtype),
-    transpose(g, narrow(_columns_times(left, weight))).astype(v.dtype),
-  )
-
-
-_through.defvjp(_through_forward, _through_backward)
+_spectral.defvjp(_spectral_forward, _spectral_backward)
 
 
 def dot(x: jax.Array, w: Any) -> jax.Array:
@@ -376,24 +315,24 @@ def dot(x: jax.Array, w: Any) -> jax.Array:
     (w.trained, w.frozen),
   )
   if isinstance(trained, Spectrum):
-    others, own = split_values(trained, frozen)
-    return _through(x, frozen.u, others, frozen.v, False) + _through(
-      x, trained.u, own, trained.v, frozen.enhanced
-    )
-  lead = 'abcdefgh'[: x.ndim - 1]
+    others, own = _split_values(trained, frozen)
+    out = _spectral(x, frozen.u, others, frozen.v, False)
+    out += _spectral(x, trained.u, own, trained.v, frozen.enhanced)
+    return out.astype(x.dtype)
+  lead = _lead(x)
   times = lambda y, z: product(f'{lead}m,mn->{lead}n', y, z, precision=None).astype(
     x.dtype
   )
   out = times(x, frozen.w) + frozen.scale * times(times(x, trained.i), trained.j)
   if trained.magnitude is not None:
     norms = _norms_of_sum(trained, frozen)
-    out = _columns_times(out, trained.magnitude.astype(norms.dtype) / norms)
+    out = _columns_times(out, trained.magnitude.astype(norms.dtype) / norms, lead)
   return out
 
 
 def _norms_of_sum(trained: Factors, frozen: FrozenFactors) -> jax.Array:
   """The columns' norms of W0 + scale I J from products no larger than the factors."""
-  wide = np.promote_types(trained.i.dtype, np.float32)
+  wide = accumulator(trained.i.dtype)
   w, i, j = (x.astype(wide) for x in (frozen.w, trained.i, frozen.scale * trained.j))
   square = jnp.square(w).sum(-2) + 2 * (product('mn,mr->rn', w, i) * j).sum(-2)
   square += (product('rs,sn->rn', product('mr,ms->rs', i, i), j) * j).sum(-2)

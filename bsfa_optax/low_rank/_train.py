@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 
 from bsfa_optax import _check
+from bsfa_optax._vectors import accumulator
 from bsfa_optax.low_rank import _choice, _matrices, _nodes
 from bsfa_optax.low_rank._matrices import product
 from bsfa_optax.low_rank._nodes import (
@@ -24,29 +26,13 @@ from bsfa_optax.low_rank._nodes import (
 )
 
 
-class SST(NamedTuple):
-  """Options of `sst`.
-
-  Examples:
-    >>> from bsfa_optax import low_rank
-    >>> low_rank.sst(0.06)
-    SST(rank=0.06, draws_per_svd=None, enhanced=True)
-  """
-
+class _SST(NamedTuple):
   rank: int | float
-  draws_per_svd: int | None
+  draws_per_svd: Any
   enhanced: bool
 
 
-class LoRA(NamedTuple):
-  """Options of `lora` and `relora`.
-
-  Examples:
-    >>> from bsfa_optax import low_rank
-    >>> low_rank.relora(8)
-    LoRA(rank=8, scale=1.0, column_norm=False, restart=True)
-  """
-
+class _LoRA(NamedTuple):
   rank: int | float
   scale: float
   column_norm: bool
@@ -55,7 +41,7 @@ class LoRA(NamedTuple):
 
 def sst(
   rank: int | float, *, draws_per_svd: int | None = None, enhanced: bool = True
-) -> SST:
+) -> _SST:
   r"""Sparse Spectral Training: all singular values, and a few vectors at a time.
 
   A matrix is :math:`USV^T`. All of :math:`S` is trained, and `rank` pairs of vectors,
@@ -78,7 +64,7 @@ def sst(
     Options for `init`.
 
   Raises:
-    ValueError: for a rank or a number of draws out of range.
+    ValueError: for a number of draws out of range.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -92,13 +78,12 @@ def sst(
     Zhao, Zhang, Li, Liu, Cannistraci, `Sparse Spectral Training and Inference on
     Euclidean and Hyperbolic Neural Networks <https://arxiv.org/abs/2405.15481>`_, 2024
   """
-  _choice.check(rank, None, 0)
   if draws_per_svd is not None:
     _check.positive_int('draws_per_svd', draws_per_svd)
-  return SST(rank, draws_per_svd, bool(enhanced))
+  return _SST(rank, draws_per_svd, enhanced)
 
 
-def lora(rank: int | float, *, scale: float = 1.0, column_norm: bool = False) -> LoRA:
+def lora(rank: int | float, *, scale: float = 1.0, column_norm: bool = False) -> _LoRA:
   r"""LoRA: :math:`W_0 + s\,IJ`, with thin factors :math:`I` and :math:`J` trained.
 
   :math:`I` is normal with variance ``1 / m``, :math:`J` zero. With `column_norm`, the
@@ -118,7 +103,7 @@ def lora(rank: int | float, *, scale: float = 1.0, column_norm: bool = False) ->
     Options for `init`.
 
   Raises:
-    ValueError: for a rank or scale out of range.
+    ValueError: for a scale out of range.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -136,12 +121,13 @@ def lora(rank: int | float, *, scale: float = 1.0, column_norm: bool = False) ->
     Huang, Shen, Zhu, Rudinac, Kanoulas, `Gradient Weight-normalized Low-rank Projection
     for Efficient LLM Training <https://arxiv.org/abs/2412.19616>`_, 2024
   """
-  _choice.check(rank, None, 0)
   _check.positive('scale', scale)
-  return LoRA(rank, float(scale), bool(column_norm), restart=False)
+  return _LoRA(rank, float(scale), column_norm, restart=False)
 
 
-def relora(rank: int | float, *, scale: float = 1.0, column_norm: bool = False) -> LoRA:
+def relora(
+  rank: int | float, *, scale: float = 1.0, column_norm: bool = False
+) -> _LoRA:
   """ReLoRA: LoRA whose product `renew` adds to W0, with new factors from then on.
 
   The authors renew every 5,000 updates or less, warm the rate up again after each time
@@ -173,7 +159,7 @@ def relora(rank: int | float, *, scale: float = 1.0, column_norm: bool = False) 
 def init(
   params: optax.Params,
   key: jax.Array,
-  method: SST | LoRA,
+  method: _SST | _LoRA,
   *,
   leaves: Callable[[str, Any], bool] | None = None,
   batch_axes: int | Callable[[str, Any], int] = 0,
@@ -186,7 +172,7 @@ def init(
     method: `sst`, `lora` or `relora` of a rank.
     leaves: a function of a leaf's name, such as ``'layers/0/kernel'``, and the leaf,
       that says which are reparametrised; the others are trained as they are. None:
-      every matrix whose name has none of embed, head, norm, bias and position in it.
+      the matrices that `bsfa_optax.scale_by_whitening` takes.
     batch_axes: how many leading axes index layers, 1 for layers stacked for a scan; or
       a function of name and leaf.
 
@@ -197,7 +183,7 @@ def init(
 
   Raises:
     TypeError: if `method` is none of these, or `leaves` no function.
-    ValueError: if there is no key, a rank above a matrix, a chosen leaf that is no
+    ValueError: if there is no key, a rank out of range, a chosen leaf that is no
       matrix, or none chosen.
 
   Examples:
@@ -219,7 +205,7 @@ def init(
     >>> low_rank.merge(trained, frozen)['kernel'].shape
     (6, 4)
   """
-  if not isinstance(method, SST | LoRA):
+  if not isinstance(method, _SST | _LoRA):
     raise TypeError(
       f'method must be sst(...), lora(...) or relora(...), got {method!r}.'
     )
@@ -227,26 +213,17 @@ def init(
   _check_key(key)
   found = _choice.matrices(params, method.rank, leaves, batch_axes)
   chosen = [m for m in found if m is not None]
-  if not chosen:
-    raise ValueError(
-      f'leaves chose no matrix among {len(found)} arrays; name some in `leaves`, or say'
-      ' in batch_axes how many leading axes index layers.'
-    )
   given, treedef = jax.tree.flatten(params)
-  keys = iter(jax.random.split(key, len(chosen)))
-  per_svd = max(math.ceil(min(m.rows, m.columns) / m.rank) for m in chosen)
-  trained, frozen = [], []
-  for w, m in zip(given, found, strict=True):
-    if m is None:
-      parts: tuple[Any, Any] = w, optax.MaskedNode()
-    elif isinstance(method, SST):
-      parts = _decomposed(
-        w, next(keys), m.rank, method.draws_per_svd or per_svd, method
-      )
-    else:
-      parts = _factored(w, next(keys), m.rank, method)
-    trained.append(parts[0])
-    frozen.append(parts[1])
+  keys = iter(jax.random.split(key, max(1, len(chosen))))
+  if isinstance(method, _SST) and method.draws_per_svd is None:
+    per_svd = max(math.ceil(min(m.rows, m.columns) / m.rank) for m in chosen)
+    method = method._replace(draws_per_svd=per_svd)
+  split: Callable = _decomposed if isinstance(method, _SST) else _factored
+  pairs = [
+    (w, optax.MaskedNode()) if m is None else split(w, next(keys), m.rank, method)
+    for w, m in zip(given, found, strict=True)
+  ]
+  trained, frozen = zip(*pairs, strict=True)
   return jax.tree.unflatten(treedef, trained), jax.tree.unflatten(treedef, frozen)
 
 
@@ -275,17 +252,15 @@ def join(trained: Any, frozen: Any) -> Any:
     >>> low_rank.join(*parts)['kernel'].shape
     (6, 4)
   """
-
   _nodes.known_to_linen()
 
-  def pair(name, t, f):
-    del name
+  def whole(t, f):
     if isinstance(f, FrozenSpectrum):  # the count has no axis for a scan to take
-      f = FrozenSpectrum(f.u, f.v, f.drawn, None, f.draws_per_svd, f.enhanced)
-    return (LowRankArray(t, f),)
+      f = dataclasses.replace(f, draws=None)
+    return t if isinstance(f, optax.MaskedNode) else LowRankArray(t, f)
 
-  (joined,) = _map_pairs(pair, 1, trained, frozen)
-  return joined
+  treedef, pairs = _pairs(trained, frozen)
+  return treedef.unflatten([whole(t, f) for t, f in pairs])
 
 
 def merge(trained: Any, frozen: Any) -> optax.Params:
@@ -338,7 +313,7 @@ def retract(trained: Any) -> Any:
   """
 
   def unit(x):
-    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    wide = x.astype(accumulator(x.dtype))
     return (wide / _nodes.column_norms(wide)[..., None, :]).astype(x.dtype)
 
   return jax.tree.map(
@@ -475,34 +450,33 @@ def renew(
       'state is not that of tx for these parameters: another structure, shape or dtype;'
       ' give renew the optimizer that made it.'
     )
-  decomposed, restarted = [], []
-  number = iter(range(len(jax.tree.leaves(trained))))
-
-  def renewed(name, t, f):
-    del name
-    own = jax.random.fold_in(key, next(number))
+  decomposed, renewed, restarted = [], [], False
+  treedef, pairs = _pairs(trained, frozen)
+  for number, (t, f) in enumerate(pairs):
+    own = jax.random.fold_in(key, number)
     if isinstance(f, FrozenSpectrum):
       due = f.draws + 1 >= f.draws_per_svd
       decomposed.append(due)
-      restarted.append(True)
-      return _redrawn(t, f, due, own)
-    restarted.append(f.restart)
-    return _restarted(t, f, own) if f.restart else (t, f)
-
-  new, new_frozen = _map_pairs(renewed, 2, trained, frozen)
+      restarted = True
+      t, f = _redrawn(t, f, due, own)
+    elif isinstance(f, FrozenFactors) and f.restart:
+      restarted = True
+      t, f = _restarted(t, f, own)
+    renewed.append((t, f))
+  new, new_frozen = map(treedef.unflatten, zip(*renewed, strict=True))
   fresh = tx.init(new)
 
   def choose(old, start):
     if not is_ours(old):
       return old
     start = RenewableState(*map(_choice.restarted, old, start))
-    vectors = start.vectors_state if any(restarted) else old.vectors_state
-    values = old.values_state
+    if restarted:
+      old = old._replace(vectors_state=start.vectors_state)
     if decomposed:
-      values = jax.tree.map(
-        lambda a, b: jnp.where(decomposed[0], a, b), start.values_state, values
-      )
-    return RenewableState(vectors, values, old.rest_state)
+      choice = lambda a, b: jnp.where(decomposed[0], a, b)
+      values = jax.tree.map(choice, start.values_state, old.values_state)
+      old = old._replace(values_state=values)
+    return old
 
   return new, new_frozen, jax.tree.map(choose, state, fresh, is_leaf=is_ours)
 
@@ -555,8 +529,8 @@ def _check_key(key: Any) -> None:
     raise ValueError(f'key must be a random key, got {key!r}; as in jax.random.key(0).')
 
 
-def _map_pairs(f: Callable, results: int, trained: Any, frozen: Any) -> tuple[Any, ...]:
-  """Trees of the results of `f(name, trained, frozen)` for the pairs that match."""
+def _pairs(trained: Any, frozen: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+  """The trained and frozen parts that belong together, and the tree they stand in."""
   is_part = lambda x: isinstance(x, _nodes.Trained)
   treedef: Any
   paths, treedef = jax.tree_util.tree_flatten_with_path(trained, is_leaf=is_part)
@@ -567,20 +541,16 @@ def _map_pairs(f: Callable, results: int, trained: Any, frozen: Any) -> tuple[An
       'trained and frozen do not have one structure; give the two that `init` or'
       ' `renew` returned together.'
     ) from error
-  out = []
-  for (path, t), f_part in zip(paths, others, strict=True):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    if not is_part(t) and isinstance(f_part, optax.MaskedNode):
-      out.append((t, f_part)[:results])
-      continue
-    if not _belong(t, f_part):
+  for (path, t), f in zip(paths, others, strict=True):
+    alone = not is_part(t) and isinstance(f, optax.MaskedNode)
+    if not alone and not _belong(t, f):
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
       raise ValueError(
         f'the trained and the frozen part of {name!r} do not belong together: a'
         ' checkpoint of another rank, method or shape? Restore both from one run, or'
         ' start with `init`.'
       )
-    out.append(f(name, t, f_part))
-  return tuple(treedef.unflatten(column) for column in zip(*out, strict=True))
+  return treedef, [(t, f) for (_, t), f in zip(paths, others, strict=True)]
 
 
 def _belong(t: Any, f: Any) -> bool:
@@ -631,19 +601,19 @@ def _parts(tree: Any) -> list[Any]:
 
 
 def _decomposed(
-  w: jax.Array, key: jax.Array, rank: int, draws_per_svd: int, method: SST
+  w: jax.Array, key: jax.Array, rank: int, method: _SST
 ) -> tuple[Spectrum, FrozenSpectrum]:
   u, s, v = _svd(w)
-  drawn = _draw(key, s, rank)
   draws = jnp.zeros((), jnp.int32)
-  frozen = FrozenSpectrum(u, v, drawn, draws, draws_per_svd, method.enhanced)
+  frozen = FrozenSpectrum(
+    u, v, _draw(key, s, rank), draws, method.draws_per_svd, method.enhanced
+  )
   return _taken(s, frozen), frozen
 
 
 def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """U, S, V, each matrix whole on its device, then split as its sides are."""
-  wide = w.astype(np.promote_types(w.dtype, np.float32))
-  u, s, vt = _matrices.each_matrix(_matrices.svd, wide)
+  u, s, vt = _matrices.each_matrix(_matrices.svd, w.astype(accumulator(w.dtype)))
   *batch, rows, columns = _matrices.spec_of(w)
   u = _matrices.place(u.astype(w.dtype), w, (*batch, rows, None))
   v = jnp.swapaxes(vt, -1, -2).astype(w.dtype)
@@ -678,24 +648,21 @@ def _redrawn(
   u, s, v = lax.cond(due, lambda: _svd(dense(lax.Precision.HIGHEST)), lambda: whole)
   drawn = _draw(key, s, f.drawn.shape[-1])
   draws = jnp.where(due, 0, f.draws + 1)
-  frozen = FrozenSpectrum(u, v, drawn, draws, f.draws_per_svd, f.enhanced)
+  frozen = dataclasses.replace(f, u=u, v=v, drawn=drawn, draws=draws)
   return _taken(s, frozen), frozen
 
 
 def _factored(
-  w: jax.Array, key: jax.Array, rank: int, method: LoRA
+  w: jax.Array, key: jax.Array, rank: int, method: _LoRA
 ) -> tuple[Factors, FrozenFactors]:
   *batch, _, columns = _matrices.spec_of(w)
   shape = (*w.shape[:-2], rank, w.shape[-1])
   magnitude = None
   if method.column_norm:
-    magnitude = _nodes.column_norms(w.astype(np.promote_types(w.dtype, np.float32)))
-    magnitude = magnitude.astype(w.dtype)
-  factors = Factors(
-    _first_factor(w, key, rank),
-    _matrices.zeros(w, shape, (*batch, None, columns)),
-    magnitude,
-  )
+    norms = _nodes.column_norms(w.astype(accumulator(w.dtype)))
+    magnitude = norms.astype(w.dtype)
+  second = _matrices.zeros(w, shape, (*batch, None, columns))
+  factors = Factors(_first_factor(w, key, rank), second, magnitude)
   return factors, FrozenFactors(w, method.scale, method.restart)
 
 
@@ -707,8 +674,8 @@ def _first_factor(w: jax.Array, key: jax.Array, rank: int) -> jax.Array:
 def _restarted(
   t: Factors, f: FrozenFactors, key: jax.Array
 ) -> tuple[Factors, FrozenFactors]:
-  whole = LowRankArray(Factors(t.i, t.j, None), f).dense(lax.Precision.HIGHEST)
-  factors = Factors(
-    _first_factor(f.w, key, t.i.shape[-1]), jnp.zeros_like(t.j), t.magnitude
-  )
-  return factors, FrozenFactors(whole, f.scale, f.restart)
+  without_norm = LowRankArray(dataclasses.replace(t, magnitude=None), f)
+  whole = without_norm.dense(lax.Precision.HIGHEST)
+  first = _first_factor(f.w, key, t.i.shape[-1])
+  factors = Factors(first, jnp.zeros_like(t.j), t.magnitude)
+  return factors, dataclasses.replace(f, w=whole)

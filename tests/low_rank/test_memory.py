@@ -73,6 +73,7 @@ def test_sst_takes_at_most_three_fifths_of_adamw():
   assert peak(low_rank.sst(RANK)) <= 0.6 * peak()
 
 
+@pytest.mark.slow
 def test_merging_in_the_block_is_as_good_as_interception():
   lora = low_rank.lora(RANK)
   assert peak(lora) <= 1.05 * peak(lora, low_rank.dot)
