@@ -34,8 +34,9 @@ class Basis(NamedTuple):
   a parameter's spec on an array of another shape: it raises instead.
 
   Attributes:
-    vectors: orthonormal columns (*batch, n, rank) in the parameter's dtype, or which
-      columns of the identity or the cosine transform they are, int32 (*batch, rank).
+    vectors: orthonormal columns ``(*batch, n, rank)`` in the parameter's dtype, or
+      which columns of the identity or the cosine transform they are, int32
+      ``(*batch, rank)``.
   """
 
   vectors: Any
@@ -45,8 +46,8 @@ class Coordinates(NamedTuple):
   """Marks a leaf in the coordinates of a subspace, as the inner optimizer sees it.
 
   Attributes:
-    values: (*batch, m, rank), or (*batch, rank, n) if the rows are the shorter side, in
-      the parameter's dtype and with its sharding on the longer side.
+    values: ``(*batch, m, rank)``, or ``(*batch, rank, n)`` if the rows are the shorter
+      side, in the parameter's dtype and with its sharding on the longer side.
   """
 
   values: Any
@@ -58,7 +59,7 @@ class ProjectedState(NamedTuple):
   Attributes:
     projection_count: updates so far, int32 ().
     projection_basis: a tree like the parameters with a `Basis` for each matrix.
-    residual_norm: norms of the last scaled residuals, float32 (*batch,) for each
+    residual_norm: norms of the last scaled residuals, float32 ``(*batch,)`` for each
       matrix; `optax.MaskedNode` without such a residual.
     coordinate_state: the inner optimizer's state for the matrices.
     rest_state: the inner optimizer's state for all other leaves.

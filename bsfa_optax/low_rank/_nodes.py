@@ -25,9 +25,9 @@ class Spectrum:
   """The trained part of a matrix W = U S V^T (m, n) of k = min(m, n) singular values.
 
   Attributes:
-    u: the drawn left vectors (*batch, m, rank).
-    s: all singular values (*batch, k).
-    v: the drawn right vectors (*batch, n, rank).
+    u: the drawn left vectors ``(*batch, m, rank)``.
+    s: all singular values ``(*batch, k)``.
+    v: the drawn right vectors ``(*batch, n, rank)``.
   """
 
   u: Any
@@ -41,9 +41,9 @@ class FrozenSpectrum:
   """What belongs to a `Spectrum` and is not trained.
 
   Attributes:
-    u: all left vectors (*batch, m, k); the drawn ones are out of date.
-    v: all right vectors (*batch, n, k).
-    drawn: which vectors are trained, int32 (*batch, rank).
+    u: all left vectors ``(*batch, m, k)``; the drawn ones are out of date.
+    v: all right vectors ``(*batch, n, k)``.
+    drawn: which vectors are trained, int32 ``(*batch, rank)``.
     draws: draws since the last decomposition, int32 ().
     draws_per_svd: draws between two decompositions.
     enhanced: whether vectors get a gradient without their singular value.
@@ -67,9 +67,9 @@ class Factors:
   """The trained part of a matrix W0 + I J (m, n).
 
   Attributes:
-    i: (*batch, m, rank).
-    j: (*batch, rank, n).
-    magnitude: the norms of the columns (*batch, n), or None where they are not fixed.
+    i: ``(*batch, m, rank)``.
+    j: ``(*batch, rank, n)``.
+    magnitude: the norms of the columns ``(*batch, n)``, or None where they are free.
   """
 
   i: Any
@@ -83,7 +83,7 @@ class FrozenFactors:
   """What belongs to `Factors` and is not trained.
 
   Attributes:
-    w: W0, (*batch, m, n).
+    w: W0, ``(*batch, m, n)``.
     scale: what multiplies the product of the factors.
     restart: whether `renew` adds the product to W0 and starts the factors anew.
   """

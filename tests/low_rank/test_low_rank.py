@@ -78,7 +78,7 @@ def assert_equal(a, b, **tolerance):
 
 @pytest.mark.parametrize(
   ('name', 'dtype'),
-  [*((name, jnp.float32) for name in ('sst', 'normed')), ('sst', jnp.bfloat16)],
+  [('sst', jnp.float32), ('normed', jnp.bfloat16)],
 )
 def test_merge_after_init_gives_back_the_parameters(name, dtype):
   params = make_params(dtype=dtype)
@@ -358,7 +358,9 @@ def test_layers_need_no_communication():
   assert 'collective-permute' not in text
 
 
-@pytest.mark.parametrize('name', ['sst', 'normed'])
+@pytest.mark.parametrize(
+  'name', ['sst', pytest.param('normed', marks=pytest.mark.slow)]
+)
 def test_checkpoint_in_mid_round(name, tmp_path):
   trained, frozen = start(name)
   trained, frozen, state = two_rounds(trained, frozen, TX.init(trained))

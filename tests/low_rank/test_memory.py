@@ -69,6 +69,7 @@ def peak(method=None, product=jnp.matmul, join=low_rank.join, tx=None):
   )
 
 
+@pytest.mark.slow
 def test_sst_takes_at_most_three_fifths_of_adamw():
   assert peak(low_rank.sst(RANK)) <= 0.6 * peak()
 

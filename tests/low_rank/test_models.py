@@ -1,5 +1,7 @@
 """Joined parameters in models: Flax NNX and linen, plain products, scan, checkpoint."""
 
+import functools
+
 from flax import linen as nn
 from flax import nnx
 import jax
@@ -47,9 +49,8 @@ class Model(nnx.Module):
     return self.third(self.second(jax.nn.tanh(self.first(x))))
 
 
-@pytest.mark.parametrize(
-  'name', ['normed', pytest.param('sst', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', METHODS)
 def test_nnx(name):
   graph, params = nnx.split(Model(nnx.Rngs(0)), nnx.Param)
   trained, _ = same_gradient(
@@ -71,6 +72,7 @@ class Linen(nn.Module):
     return nn.DenseGeneral(4)(x)
 
 
+@pytest.mark.slow
 def test_linen():
   model = Linen()
   params = model.init(KEY, X)
@@ -90,6 +92,7 @@ class Stacked(nn.Module):
     return layers(block(8, name='layer'), x, None)[0]
 
 
+@pytest.mark.slow
 def test_linen_scan():
   model = Stacked()
   params = model.init(KEY, X)
@@ -125,17 +128,25 @@ USES = {
 }
 
 
+@functools.cache
+def dense_and_joined():
+  w = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4)), jnp.float32)
+  return w, low_rank.join(*low_rank.init({'w': w}, KEY, METHODS['sst']))['w']
+
+
 @pytest.mark.parametrize('use', USES.values(), ids=USES)
 def test_uses(use):
-  w = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4)), jnp.float32)
-  trained, frozen = low_rank.init({'w': w}, KEY, METHODS['sst'])
-  joined = low_rank.join(trained, frozen)['w']
+  w, joined = dense_and_joined()
   np.testing.assert_allclose(use(joined), use(w), rtol=0.02, atol=1e-4)
   assert (joined.shape, joined.ndim, joined.size) == ((8, 4), 2, 32)
 
 
 @pytest.mark.parametrize(
-  ('name', 'product'), [('sst', low_rank.dot), ('normed', jnp.matmul)]
+  ('name', 'product'),
+  [
+    ('sst', low_rank.dot),
+    pytest.param('normed', jnp.matmul, marks=pytest.mark.slow),
+  ],
 )
 def test_scanned_and_rematerialised_layers(name, product):
   params = {'layers': jnp.asarray(np.random.default_rng(1).normal(size=(3, 8, 8)))}
