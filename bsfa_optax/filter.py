@@ -496,6 +496,7 @@ def split_by_subspace(
 
   def update(updates, state, params=None, **extra_args):
     _check.is_state('SplitState', SplitState, state)
+    projector_state: Any
     projected, projector_state = projector.update(
       updates, state.projector_state, params, **extra_args
     )
