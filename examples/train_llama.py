@@ -134,21 +134,21 @@ def show(runs, output):
   """The table, loss.png and results.json."""
   line = '{:10}{:<10}{:<13}{:<18}{}'.format
   print(line('', 'rate', 'train loss', 'validation loss', 'ms a step'))
-  axes, right = (fig := Figure((10, 4))).subplots(1, 2, subplot_kw={'xlabel': 'step'})
+  one, two = (fig := Figure((10, 4))).subplots(1, 2, subplot_kw={'xlabel': 'step'})
   for run in runs:
     means = [x.mean() for x in np.array_split(run['losses'], len(run['seconds']) - 1)]
     cells = [f'{x:.4f}' for x in (np.mean(run['losses'][-50:]), run['validation_loss'])]
     cells.append(f'{1e3 / LOOK_EVERY * np.median(np.diff(run["seconds"])):.1f}')
     print(line(run['optimizer'], run['learning_rate'], *cells))
     steps = LOOK_EVERY * np.arange(1, len(means) + 1)
-    axes.plot(steps, means, label=run['optimizer'])
-    kinds = np.array([name.split('/')[2] for name in run['matrices']])  # q, k ...
+    one.plot(steps, means, label=run['optimizer'])
+    kinds = np.array([name.split('/')[2] for name in run['matrices']])
     for kind in dict.fromkeys(kinds):
-      mean = np.mean(run['directions'], axis=1, where=kinds == kind)
-      right.semilogy(steps, mean, label=kind)
-      right.legend(title='effective directions,\nmean over layers')
-  axes.set(ylim=(None, np.nan_to_num(means[len(means) // 10], nan=9)))
-  axes.legend(title='train loss')
+      mean = np.mean(run['directions'], axis=1, where=kinds == kind)  # over layers
+      two.semilogy(steps, mean, label=kind)
+      two.legend(title='effective\ndirections', bbox_to_anchor=(1, 1), loc='upper left')
+  one.set(ylim=(None, np.nan_to_num(means[len(means) // 10], nan=9)))
+  one.legend(title='train loss')
   fig.savefig(output / 'loss.png')
   (output / 'results.json').write_text(json.dumps(runs, indent=1))
 
