@@ -442,8 +442,8 @@ def split_by_subspace(
   :math:`B` the transformation `bulk`. With two `optax.scale` a block is treated as by
   `bsfa_optax.bsfa`. Both keep states in the shape of the whole parameters, and as
   neither need be linear, their outputs need not stay in their subspaces. On leaves in
-  no block, and on all until their directions are known, :math:`P` is 0: they go to
-  `bulk`.
+  no block, on all until their directions are known, and for an update that is not
+  finite, :math:`P` is 0: they go to `bulk`.
 
   Args:
     estimator: where the dominant subspace comes from; it learns from the update that it
@@ -496,13 +496,17 @@ def split_by_subspace(
 
   def update(updates, state, params=None, **extra_args):
     _check.is_state('SplitState', SplitState, state)
+    projector_state: Any
     projected, projector_state = projector.update(
       updates, state.projector_state, params, **extra_args
     )
-    # The projector leaves alone what is in no block, of which nothing is dominant.
+    # The projector leaves alone what is in no block, and updates that are not finite:
+    # nothing of these is dominant.
     layout = estimator.layout(updates)
+    skipped = projector_state.skipped_updates != state.projector_state.skipped_updates
     zeros = jax.tree.map(jnp.zeros_like, updates)
-    projected = layout.replace(zeros, layout.select(projected))
+    known = [jnp.where(skipped, 0, x) for x in layout.select(projected)]
+    projected = layout.replace(zeros, known)
     rest = jax.tree.map(lambda v, p: v - p, updates, projected)
     first, dominant_state = inside.update(
       projected, state.dominant_state, params, **extra_args

@@ -153,7 +153,8 @@ def _observed(tx: optax.GradientTransformation, params: optax.Params) -> Any:
   found: list[Any] = []
   _leaves.observers.append(found)
   try:
-    state = jax.eval_shape(tx.init, params)
+    # A function that JAX has not seen: of one that it has, the trace is not repeated.
+    state = jax.eval_shape(lambda params: tx.init(params), params)
   finally:
     _leaves.observers.pop()
   return state, found

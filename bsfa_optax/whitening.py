@@ -270,7 +270,7 @@ def _sides(part: Part, block_size: int) -> tuple[Side, ...]:
   def side(axis):
     length, others = part.shape[axis], [part.shape[a] for a in fit if a != axis]
     whole = length <= block_size
-    return Side(axis, length, 1 if whole else -(-length // min(block_size, *others)))
+    return Side(axis, length, 1 if whole else -(-length // min([block_size, *others])))
 
   return tuple(map(side, sorted(fit)))
 

@@ -69,7 +69,8 @@ def train(steps: int) -> list[float]:
   estimator = bsfa_optax.pca(
     rank=3, history=5, batch_axes=lambda params: jax.tree.map(lambda _: 0, params)
   )
-  tx = bsfa_optax.bsfa_adamw(3e-3, estimator=estimator)
+  filter = bsfa_optax.bsfa(estimator=estimator)
+  tx = bsfa_optax.bsfa_adamw(3e-3, filter=filter, step_length=1.0)
   mesh = make_mesh()
   with jax.set_mesh(mesh):
 
@@ -92,7 +93,7 @@ def train(steps: int) -> list[float]:
       batch = jax.device_put((inputs, jnp.sin(3 * inputs)), P('fsdp', None))
       losses.append(float(step(model, optimizer, *batch)))
   print(f'{mesh.size} devices as {dict(mesh.shape)}')
-  history = nnx.state(optimizer)['opt_state'][1]['estimator_state']['history']
+  history = nnx.state(optimizer)['opt_state'][1]['memory']['history']
   print('the history of a parameter:', jax.typeof(history['layers']['up']['rows'][...]))
   print(f'loss {losses[0]:.4f} -> {losses[-1]:.4f}')
   return losses

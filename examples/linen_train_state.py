@@ -44,11 +44,11 @@ def train(steps: int) -> list[float]:
   auto = jax.sharding.AxisType.Auto
   mesh = jax.make_mesh((jax.device_count(),), ('fsdp',), axis_types=(auto,))
   model = Model()
-  # The leading axis of the stacked parameters counts blocks.
-  estimator = bsfa_optax.pca(
-    rank=3, history=5, batch_axes=lambda params: jax.tree.map(lambda _: 0, params)
+  # The leading axis of the stacked parameters counts layers.
+  filter = bsfa_optax.scale_by_whitening(
+    batch_axes=lambda params: jax.tree.map(lambda _: 0, params)
   )
-  tx = bsfa_optax.bsfa_adamw(3e-3, estimator=estimator)
+  tx = bsfa_optax.bsfa_adamw(1e-3, filter=filter)
 
   def create():
     variables = model.init(jax.random.key(0), jnp.zeros((1, WIDTH)))

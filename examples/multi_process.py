@@ -24,13 +24,9 @@ import optax
 import orbax.checkpoint as ocp
 
 import bsfa_optax
+from bsfa_optax.state import state_shardings
 
 WIDTH, BATCH = 16, 32
-
-
-def make_tx():
-  estimator = bsfa_optax.pca(rank=2, history=3)
-  return bsfa_optax.bsfa_adamw(1e-2, estimator=estimator)
 
 
 def init_params():
@@ -56,10 +52,10 @@ def train(directory, steps, save_every):
   mesh = jax.make_mesh(
     (jax.device_count(),), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,)
   )
-  tx = make_tx()
+  tx = bsfa_optax.bsfa_adamw(3e-3)
   shapes = jax.eval_shape(init_params)
   shardings = jax.tree.map(lambda _: jax.NamedSharding(mesh, P('fsdp')), shapes)
-  shardings = shardings, bsfa_optax.state_shardings(tx, shapes, shardings)
+  shardings = shardings, state_shardings(tx, shapes, shardings)
   rows = jax.NamedSharding(mesh, P('fsdp'))
 
   @functools.partial(

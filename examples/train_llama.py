@@ -26,7 +26,7 @@ import bsfa_optax
 
 HEAD, LAYERS, ROWS, CONTEXT = 24, 3, 32, 64
 LOOK_EVERY, SAVE_EVERY = 10, 100  # steps
-RATES = {'adamw': 8e-3, 'bsfa': 3.2e-2, 'muon': 2e-2}  # each the best of a sweep
+RATES = {'adamw': 8e-3, 'bsfa': 8e-3, 'muon': 2e-2}
 
 
 def rotate(x):  # rotary positions of (row, position, head, feature)
@@ -54,23 +54,15 @@ class Layer(nnx.Module):
 
 
 def make_optimizer(name, rate, steps):
-  """Muon and BSFA take the matrices of the layers, Adam the rest."""
+  """BSFA and Muon find the matrices of the layers; Adam takes the rest."""
   schedule = optax.warmup_cosine_decay_schedule(0, rate, steps // 10, steps, rate / 20)
-  options = {'weight_decay': 0.1, 'adam_b2' if name == 'muon' else 'b2': 0.95}
-
-  def matrices(value):
-    chosen = lambda path, leaf: 0 < path[1].key <= LAYERS and leaf.ndim == 2
-    of_leaf = lambda path, leaf: value(path) if chosen(path, leaf) else None
-    return lambda params: jax.tree.map_with_path(of_leaf, params)
-
-  tx = optax.adamw(schedule, **options) if name == 'adamw' else None
+  tx = optax.adamw(schedule, b2=0.95, weight_decay=0.1)
   if name == 'bsfa':
-    estimator = bsfa_optax.kronecker(blocks=matrices(jax.tree_util.keystr))
-    tx = bsfa_optax.bsfa_adamw(schedule, **options, estimator=estimator)
+    tx = bsfa_optax.bsfa_adamw(schedule, b2=0.95, weight_decay=0.1)
   elif name == 'muon':
-    numbers = matrices(lambda path: optax.contrib.MuonDimensionNumbers())
-    options |= {'adam_weight_decay': 0.1, 'muon_weight_dimension_numbers': numbers}
-    tx = optax.contrib.muon(schedule, **options, consistent_rms=0.2)  # size of Adam's
+    options = {'weight_decay': 0.1, 'adam_weight_decay': 0.1, 'consistent_rms': 0.2}
+    options['muon_weight_dimension_numbers'] = bsfa_optax.muon_dimension_numbers
+    tx = optax.contrib.muon(schedule, adam_b2=0.95, **options)
   return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
 
@@ -97,6 +89,7 @@ def train(name, rate, args, text, validation, stop):
   tx = make_optimizer(name, rate, args.steps)
   state = params, jax.jit(tx.init)(params)
   run = {'optimizer': name, 'learning_rate': rate, 'losses': [], 'seconds': [0]}
+  run |= {'matrices': bsfa_optax.state.block_names(tx, params), 'directions': []}
 
   def loss_fn(params, rows):
     logits = nnx.merge(graph, params)(rows[:, :-1])
@@ -108,9 +101,8 @@ def train(name, rate, args, text, validation, stop):
     return (optax.apply_updates(state[0], updates), opt_state), loss
 
   step = jax.jit(step, donate_argnums=0).lower(state, draw(text, ROWS, 0)).compile()
-  options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=SAVE_EVERY)
-  folder = Path.cwd() / args.output / name
-  with ocp.CheckpointManager(folder, options=options) as manager:
+  keep = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=SAVE_EVERY)
+  with ocp.CheckpointManager(Path.cwd() / args.output / name, options=keep) as manager:
     if manager.latest_step() is not None:
       like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
       items = {'state': ocp.args.StandardRestore(like), 'run': ocp.args.JsonRestore()}
@@ -125,6 +117,8 @@ def train(name, rate, args, text, validation, stop):
           losses.append(loss)
         run['losses'] += map(float, losses)
         run['seconds'] += [run['seconds'][-1] + time.perf_counter() - begin]
+        directions = optax.tree.get(state[1], 'effective_directions', np.zeros(0))
+        run['directions'] += [directions.tolist()]
         done = len(run['losses'])
         bar.set_postfix(loss=f'{run["losses"][-1]:.4f}', refresh=False)
         bar.update(len(losses))
@@ -140,16 +134,22 @@ def show(runs, output):
   """The table, loss.png and results.json."""
   line = '{:10}{:<10}{:<13}{:<18}{}'.format
   print(line('', 'rate', 'train loss', 'validation loss', 'ms a step'))
-  axes = (figure := Figure(layout='constrained')).subplots()
+  one, two = (fig := Figure((10, 4))).subplots(1, 2, subplot_kw={'xlabel': 'step'})
   for run in runs:
     means = [x.mean() for x in np.array_split(run['losses'], len(run['seconds']) - 1)]
     cells = [f'{x:.4f}' for x in (np.mean(run['losses'][-50:]), run['validation_loss'])]
     cells.append(f'{1e3 / LOOK_EVERY * np.median(np.diff(run["seconds"])):.1f}')
     print(line(run['optimizer'], run['learning_rate'], *cells))
-    axes.plot(LOOK_EVERY * np.arange(1, len(means) + 1), means, label=run['optimizer'])
-  axes.set(xlabel='step', ylim=(None, np.nan_to_num(means[len(means) // 10], nan=9)))
-  axes.legend(title='train loss')
-  figure.savefig(output / 'loss.png')
+    steps = LOOK_EVERY * np.arange(1, len(means) + 1)
+    one.plot(steps, means, label=run['optimizer'])
+    kinds = np.array([name.split('/')[2] for name in run['matrices']])
+    for kind in dict.fromkeys(kinds):
+      mean = np.mean(run['directions'], axis=1, where=kinds == kind)  # over layers
+      two.semilogy(steps, mean, label=kind)
+      two.legend(title='effective\ndirections', bbox_to_anchor=(1, 1), loc='upper left')
+  one.set(ylim=(None, np.nan_to_num(means[len(means) // 10], nan=9)))
+  one.legend(title='train loss')
+  fig.savefig(output / 'loss.png')
   (output / 'results.json').write_text(json.dumps(runs, indent=1))
 
 

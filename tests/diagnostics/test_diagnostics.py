@@ -321,6 +321,7 @@ def test_hessian_top_k_is_that_of_the_dense_hessian():
   assert (found.residuals < 1e-4).all()
 
 
+@pytest.mark.slow
 def test_residuals_tell_the_accuracy():
   params = make_params()
   few = top_k(params, 3, make_layout(params), iterations=4, key=jax.random.key(3))

@@ -97,7 +97,7 @@ def assert_eigenpairs(matrix, found, rows, tol):
     pytest.param('hessian', 'float64', marks=pytest.mark.slow),
   ],
 )
-@pytest.mark.parametrize('labels', [None, 'all'])
+@pytest.mark.parametrize('labels', [None, pytest.param('all', marks=pytest.mark.slow)])
 def test_against_the_dense_matrix(labels, curvature, dtype):
   batch_axes = None if labels else BATCH
   # As many iterations as entries: every eigenvalue, repeated or zero, is there.
@@ -188,6 +188,7 @@ def test_products_that_are_not_finite():
   assert np.isfinite(rows).all()
 
 
+@pytest.mark.slow
 def test_against_matfree():
   size, iterations, rank = 60, 40, 5
   matrix = prescribed([50.0, 30, 20, 12, 8, *np.linspace(1, -1, size - 5)])
@@ -321,7 +322,9 @@ def calls(counter, function, *args):
   return out, len(counter)
 
 
-@pytest.mark.parametrize('blocks', [1, 2, 4, 8])
+@pytest.mark.parametrize(
+  'blocks', [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 8)), 4]
+)
 def test_products_are_iterations_times_blocks(blocks):
   rank, iterations, counter = 2, 5, []
   value = counting(counter)
@@ -401,9 +404,8 @@ def test_filter_gets_curvatures_relative_to_the_least_kept():
   np.testing.assert_array_equal(apply(f, v, estimator.init(parts, v))[0], v)
 
 
-@pytest.mark.parametrize(
-  'dtype', [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_chain_under_jit(dtype):
   estimator = hessian_lanczos(2, iterations=12, refresh_every=2, labels='all')
   tx = optax.chain(optax.sgd(0.3), bsfa(0.5, 1.5, estimator=estimator))
@@ -586,9 +588,8 @@ COLLECTIVE = re.compile(
 )
 
 
-@pytest.mark.parametrize(
-  'kind', ['explicit', pytest.param('auto', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
 def test_communicates_small_sums_only(kind):
   rank, iterations = 2, 5
   tx = bsfa(estimator=hessian_lanczos(rank, iterations=iterations))
@@ -618,6 +619,7 @@ def test_communicates_small_sums_only(kind):
   assert len(collectives((8, 4), 3)) == len(found) <= 10
 
 
+@pytest.mark.slow
 def test_data_parallel_shard_map():
   estimator = hessian_lanczos(2, labels='all')
   tx = bsfa(0.0, 1.0, estimator=estimator)

@@ -92,13 +92,16 @@ def assert_close(actual, desired, tol=TOL):
 
 
 every = lambda name, leaf: True
+FAST_CASES = [('two_level', 'float32'), ('graded', 'bfloat16')]
 
 
 @pytest.mark.parametrize(
-  'dtype',
-  ['float32', 'bfloat16', pytest.param('float64', marks=pytest.mark.slow)],
+  ('name', 'dtype'),
+  [
+    pytest.param(*case, marks=() if case in FAST_CASES else pytest.mark.slow)
+    for case in itertools.product(FILTERS, ['float32', 'float64', 'bfloat16'])
+  ],
 )
-@pytest.mark.parametrize('name', FILTERS)
 def test_filter_is_that_of_the_dense_covariance(name, dtype):
   exponent, f = FILTERS[name]
   shapes = {

@@ -96,6 +96,9 @@ def test_prescribed_singular_values(solver, dtype):
   np.testing.assert_allclose(memory.total_variance, [(s**2).sum()], rtol=tol)
 
 
+FAST_CASES = [('gram', 0.8, 'float32'), ('randomized', 0.0, 'float32')]
+
+
 def recursion_updates(steps):
   """Leaves of full rank, of rank two, of zeros, and of fewer entries than the rank."""
   rng = np.random.default_rng(1)
@@ -111,10 +114,12 @@ def recursion_updates(steps):
 
 
 @pytest.mark.parametrize(
-  'dtype', ['float32', pytest.param('float64', marks=pytest.mark.slow)]
+  ('solver', 'decay', 'dtype'),
+  [
+    pytest.param(*case, marks=() if case in FAST_CASES else pytest.mark.slow)
+    for case in itertools.product(SOLVERS, [0.0, 0.8], DTYPES)
+  ],
 )
-@pytest.mark.parametrize('decay', [0.0, 0.8], ids=['window', 'decayed'])
-@pytest.mark.parametrize('solver', SOLVERS)
 def test_recursion(solver, decay, dtype):
   rank, history = 3, 4
   leaves = recursion_updates(4 * history)

@@ -84,6 +84,12 @@ def test_job_prints_and_writes_everything(uninterrupted):
     assert run['validation_loss'] < run['losses'][0] / 2
     assert f'{run["validation_loss"]:.4f}' in row
     assert run['seconds'] == sorted(run['seconds'])
+  adamw, bsfa = runs
+  assert adamw['matrices'] == []
+  assert len(bsfa['matrices']) == 3 * 7  # of the layers alone
+  assert all(1 <= int(name.split('/')[1]) <= 3 for name in bsfa['matrices'])
+  assert np.shape(bsfa['directions']) == (STEPS // 10, 3 * 7)
+  assert np.min(bsfa['directions']) >= 1
 
 
 @pytest.mark.slow

@@ -149,7 +149,11 @@ def test_grafting_that_is_no_boolean(value):
     ('bulk', lambda x: split_by_subspace(kronecker(), SGD, x)),
   ],
 )
-@pytest.mark.parametrize('value', [bsfa, 'adam', 3, kronecker()], ids=str)
+@pytest.mark.parametrize(
+  'value',
+  [bsfa, 'adam', 3, kronecker()],
+  ids=['factory', 'name', 'number', 'estimator'],
+)
 def test_transformation_that_is_none(name, factory, value):
   with pytest.raises(TypeError, match=f'{name} must be an optax.Gradient') as error:
     factory(value)

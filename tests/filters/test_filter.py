@@ -33,9 +33,9 @@ ROUNDING = 2e-5  # of float32 sums of this size, relative to the update
 QUICK = ('kronecker', 'whitening')  # to compile
 
 
-def over(names):
+def over(names, quick=QUICK):
   """A test of each of `names`; the fast tier has those that compile quickly."""
-  marks = lambda name: [] if name in QUICK else [pytest.mark.slow]
+  marks = lambda name: [] if name in quick else [pytest.mark.slow]
   return pytest.mark.parametrize(
     'name', [pytest.param(name, marks=marks(name)) for name in names]
   )
@@ -43,6 +43,7 @@ def over(names):
 
 every_estimator = over(ESTIMATORS)
 every_filter = over(FILTERS)
+default_first = over(FILTERS, ['whitening'])
 # The projector of `dct` is that of the update it is applied to, whatever came before:
 # f(C) v is not linear in v.
 every_learner = over(name for name in ESTIMATORS if name != 'dct')
@@ -472,7 +473,7 @@ def test_non_finite_leaf_in_no_block_does_not_matter(name, value):
   assert state.skipped_updates == 0
 
 
-@every_filter
+@default_first
 def test_history_that_is_not_finite_is_not_learnt_from(name):
   (v,) = make_updates(1, seed=8)
   state = warm_state(name)
@@ -519,7 +520,7 @@ def test_types_of_state_are_those_of_init(name):
   chex.assert_trees_all_equal_shapes_and_dtypes(final, state)
 
 
-@pytest.mark.parametrize('name', ['kronecker', 'whitening'])
+@over(QUICK, ['whitening'])
 def test_scan_is_the_loop(name):
   updates, tx = make_updates(), make_filter(name)
   state = tx.init(updates[0])
@@ -534,7 +535,7 @@ def test_scan_is_the_loop(name):
 @pytest.mark.parametrize(
   'eager', [False, pytest.param(True, marks=SLOW)], ids=['jitted', 'eager']
 )
-@every_filter
+@default_first
 def test_later_calls_compile_nothing(name, eager):
   falling = lambda step: 1.0 / (1 + step.astype(float))
   tx = (
@@ -644,7 +645,7 @@ def test_average_of_interpolated_does_not_move_on_a_bad_step():
 # Beside and inside Optax's other transformations.
 
 
-@every_filter
+@default_first
 def test_donated_buffers(name):
   tx = optax.chain(optax.adamw(1e-3), make_filter(name))
 
@@ -682,7 +683,7 @@ def test_multi_steps_learns_once_an_emitted_step():
   assert not any(x.any() for u in filtered[::2] for x in jax.tree.leaves(u))
 
 
-@every_filter
+@default_first
 def test_leaves_left_out_pass_unchanged(name):
   tx = make_filter(name)
   updates = make_updates()

@@ -98,8 +98,16 @@ def test_history_of_updates_is_the_chain():
   chex.assert_trees_all_close(state.filter_state, chained[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize('name', HISTORIES)
-@pytest.mark.parametrize('estimator', [small(), kronecker()])
+@pytest.mark.parametrize(
+  ('estimator', 'name'),
+  [
+    (small(), 'metric'),
+    (kronecker(), 'gradients'),
+    pytest.param(small(), 'gradients', marks=pytest.mark.slow),
+    pytest.param(kronecker(), 'metric', marks=pytest.mark.slow),
+  ],
+  ids=['pca-metric', 'kronecker-gradients', 'pca-gradients', 'kronecker-metric'],
+)
 def test_history_is_what_the_estimator_learns(estimator, name):
   gradients = make_gradients()
   filter_ = bsfa(0.2, 3.0, estimator=estimator)

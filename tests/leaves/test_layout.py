@@ -118,7 +118,9 @@ def test_slices_along_batch_axes_are_blocks(name):
     np.testing.assert_allclose(found[k], wanted[k], rtol=1e-4)
 
 
-@pytest.mark.parametrize('name', QUICK)  # those that stack
+@pytest.mark.parametrize(  # those that stack
+  'name', ['whitening', pytest.param('kronecker', marks=pytest.mark.slow)]
+)
 def test_leaves_alike_are_filtered_as_each_alone(name):
   shapes = {f'{layer}_{i}': (4, 5) for layer in 'ab' for i in range(2)}
   updates = make_updates(shapes | {'other': (5, 4)})

@@ -316,7 +316,11 @@ slow_but = lambda *quick: pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize('dtypes', [('bfloat16', 'float16'), ('float32', 'float64')])
+@pytest.mark.parametrize(
+  'dtypes',
+  [('bfloat16', 'float16'), pytest.param(('float32', 'float64'), marks=SLOW)],
+  ids='-'.join,
+)
 @slow_but('whitening')
 def test_leaves_of_two_dtypes(name, dtypes):
   tx = FILTERS[name]()
@@ -341,16 +345,17 @@ def test_leaves_of_two_dtypes(name, dtypes):
 
 
 # optax's parameter has three axes; ours has one to three, and each is sharded.
-@slow_but('whitening')
+@SLOW
+@pytest.mark.parametrize('name', FILTERS)
 @pytest.mark.parametrize(
   ('shape', 'spec'),
   [
+    ((8,), ('x',)),
     ((8, 4), ('x', None)),
-    pytest.param((8,), ('x',), marks=SLOW),
-    pytest.param((4, 8), (None, 'x'), marks=SLOW),
-    pytest.param((8, 4, 2), ('x', None, None), marks=SLOW),
-    pytest.param((2, 8, 4), (None, 'x', None), marks=SLOW),
-    pytest.param((4, 2, 8), (None, None, 'x'), marks=SLOW),
+    ((4, 8), (None, 'x')),
+    ((8, 4, 2), ('x', None, None)),
+    ((2, 8, 4), (None, 'x', None)),
+    ((4, 2, 8), (None, None, 'x')),
   ],
   ids=str,
 )
