@@ -121,8 +121,8 @@ def projected(
       (``nu``, ``nu_max``, ``sum_of_squares``) by its square.
     scale: factor of the part in the subspace.
     leaves: a function of a leaf's name, such as ``'layers/0/kernel'``, and the leaf,
-      that says which are projected. None: the matrices that
-      `bsfa_optax.scale_by_whitening` takes.
+      that says which are projected. None: those that
+      `bsfa_optax.scale_by_whitening` filters, if they are matrices.
     batch_axes: how many leading axes index layers, 1 for layers stacked for a scan; or
       a function of name and leaf.
     seed: of the random choices, which depend on it and the count alone.

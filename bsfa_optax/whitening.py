@@ -92,8 +92,8 @@ def scale_by_whitening(
   Returns:
     An `optax.GradientTransformationExtraArgs` whose state is a `FilterState`. Its
     `memory` has for each part (a leaf, or leaves alike behind a first axis) and for
-    each of its axes with a covariance an array float32 (*batch, blocks, n, n + 1), with
-    the covariance on and below the diagonal and its inverse root above: both are
+    each of its axes with a covariance an array ``(*batch, blocks, n, n + 1)``, float32,
+    with the covariance on and below the diagonal and its inverse root above: both are
     symmetric. ``effective_directions`` is for each block the square of the covariance's
     trace over the trace of its square: how many directions carry the updates. Updates
     keep their shapes and dtypes. With the extra argument ``history``, a tree like the

@@ -184,7 +184,7 @@ def from_rows(
   Args:
     layout: the layout.
     vector: the vector.
-    rows: orthonormal rows of each block, stacks (rank, *shape).
+    rows: orthonormal rows of each block, stacks ``(rank, *shape)``.
     variance: relative variance along each row, (blocks, rank); 0 for absent ones.
     rest: relative variance along all other directions, (blocks,).
     ready: whether the rows are known, bool (blocks,) or ().

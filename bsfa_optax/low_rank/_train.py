@@ -172,7 +172,7 @@ def init(
     method: `sst`, `lora` or `relora` of a rank.
     leaves: a function of a leaf's name, such as ``'layers/0/kernel'``, and the leaf,
       that says which are reparametrised; the others are trained as they are. None:
-      the matrices that `bsfa_optax.scale_by_whitening` takes.
+      those that `bsfa_optax.scale_by_whitening` filters, if they are matrices.
     batch_axes: how many leading axes index layers, 1 for layers stacked for a scan; or
       a function of name and leaf.
 

@@ -31,8 +31,12 @@ def make_params(shapes=SHAPES, dtype=np.float32):
 
 def start(name, params=None, **options):
   params = make_params() if params is None else params
-  options = {'batch_axes': 1, **options}
-  return low_rank.init(params, jax.random.key(1), METHODS[name], **options)
+  return _init(params, name, **{'batch_axes': 1, **options})
+
+
+@functools.partial(jax.jit, static_argnums=1, static_argnames='batch_axes')
+def _init(params, name, batch_axes):
+  return low_rank.init(params, jax.random.key(1), METHODS[name], batch_axes=batch_axes)
 
 
 def loss_fn(trained, frozen):
@@ -61,6 +65,7 @@ def train_step(tx, trained, frozen, state):
 
 
 renew = jax.jit(low_rank.renew, static_argnums=0)
+merge = jax.jit(low_rank.merge)
 
 
 def train(tx, trained, frozen, state, steps):
@@ -83,11 +88,11 @@ def assert_equal(a, b, **tolerance):
 def test_merge_after_init_gives_back_the_parameters(name, dtype):
   params = make_params(dtype=dtype)
   trained, frozen = start(name, params)
-  for tree in (low_rank.join(trained, frozen), low_rank.merge(trained, frozen)):
+  for tree in (low_rank.join(trained, frozen), merge(trained, frozen)):
     for k, w in tree.items():
       assert (w.shape, w.dtype, w.ndim) == (params[k].shape, dtype, params[k].ndim)
   tolerance = 2e-6 if dtype == jnp.float32 else 0.05
-  merged = low_rank.merge(trained, frozen)
+  merged = merge(trained, frozen)
   assert_equal(
     *(jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (merged, params)),
     atol=tolerance,
@@ -99,11 +104,11 @@ def test_merge_after_init_gives_back_the_parameters(name, dtype):
 @pytest.mark.parametrize('name', ['sst', 'normed'])
 def test_init_is_abstract_and_jitted(name):
   params = make_params()
-  eager = start(name)
-  abstract = jax.eval_shape(lambda p: start(name, p), params)
+  init = lambda p: low_rank.init(p, jax.random.key(1), METHODS[name], batch_axes=1)
+  abstract, eager = jax.eval_shape(init, params), init(params)
   shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
   assert shapes(abstract) == shapes(eager)
-  assert_equal(jax.jit(lambda p: start(name, p))(params), eager, atol=1e-5)
+  assert_equal(start(name), eager, atol=1e-5)
 
 
 def test_gradient_of_sst():
@@ -112,14 +117,14 @@ def test_gradient_of_sst():
     shapes = {'w': (5, 4)}
     params = make_params(shapes, np.float64)
     grads, loss = {}, jax.jit(loss_fn)
-    for enhanced in (False, True):
-      trained, frozen = low_rank.init(
-        params, jax.random.key(1), low_rank.sst(2, enhanced=enhanced)
-      )
+    for enhanced in (True, False):
+      method = low_rank.sst(2, enhanced=enhanced)
+      init = jax.jit(lambda p, m=method: low_rank.init(p, jax.random.key(1), m))
+      trained, frozen = init(params)
       hot = frozen['w'].one_hot(np.float64)
       s = trained['w'].s * jnp.array([-1.0, 1.0, -1.0, 1.0])
       trained = {'w': low_rank.Spectrum(trained['w'].u, s, trained['w'].v)}
-      grads[enhanced] = jax.grad(loss_fn)(trained, frozen)['w']
+      grads[enhanced] = jax.jit(jax.grad(loss_fn))(trained, frozen)['w']
     own = hot @ s
     assert (own < 0).any()
     for k in 'usv':
@@ -187,9 +192,9 @@ def test_renew_keeps_the_matrices_and_restarts_what_is_renewed(name):
   trained, state = train(TX, trained, frozen, TX.init(trained), 3)
   compiled = []
   for turn in (1, 2):
-    before = low_rank.merge(trained, frozen)
+    before = merge(trained, frozen)
     new, new_frozen, state = renew(TX, trained, frozen, state, jax.random.key(turn))
-    assert_equal(low_rank.merge(new, new_frozen), before, atol=1e-5)
+    assert_equal(merge(new, new_frozen), before, atol=1e-5)
     vectors, values, rest = state[1]
     counts = [int(s[0].count) for s in (vectors, values, rest)]
     schedules = [int(s[1].count) for s in (vectors, values, rest)]
@@ -224,6 +229,24 @@ def test_factors_take_an_optimizer_of_their_own():
   before = loss_fn(trained, frozen)
   trained, _ = train(tx, trained, frozen, state, 4)
   assert loss_fn(trained, frozen) < before
+
+
+def test_default_leaves_are_the_matrices_of_the_package():
+  shapes = {'embedding': (11, 8), 'head': (8, 11), 'norm': (8,)}
+  shapes['layers'] = {'q': (3, 8, 4), 'norm': (3, 8), 'attention': (3, 8, 2, 4)}
+  params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+  stacked = lambda name, leaf: int(name.startswith('layers'))
+  init = lambda p: low_rank.init(
+    p, jax.random.key(0), METHODS['sst'], batch_axes=stacked
+  )
+  trained, _ = jax.eval_shape(init, params)
+  q = trained['layers'].pop('q')
+  assert q.u.shape == (3, 8, 2)
+  del params['layers']['q']
+  assert jax.tree.structure(trained) == jax.tree.structure(params)
+  tx = projected(optax.scale_by_adam(), 2, batch_axes=stacked)
+  with pytest.raises(ValueError, match='leaves chose no matrix among 5 arrays'):
+    tx.init(params)
 
 
 def test_vectors_are_drawn_by_singular_value():
@@ -307,7 +330,7 @@ def two_rounds(trained, frozen, state):
 @functools.cache
 def unsharded(name):
   trained, frozen = start(name)
-  return low_rank.merge(*two_rounds(trained, frozen, TX.init(trained))[:2])
+  return merge(*two_rounds(trained, frozen, TX.init(trained))[:2])
 
 
 @pytest.mark.slow
@@ -321,11 +344,11 @@ def test_sharded_is_unsharded(name, kind):
     params = jax.device_put(
       make_params(), {k: NamedSharding(mesh, s) for k, s in SPECS.items()}
     )
-    trained, frozen = jax.jit(lambda p: start(name, p))(params)
+    trained, frozen = start(name, params)
     state = jax.jit(TX.init)(trained)
     types = jax.tree.map(jax.typeof, (trained, frozen, state))
     ended = two_rounds(trained, frozen, state)
-    merged = jax.jit(low_rank.merge)(*ended[:2])
+    merged = merge(*ended[:2])
     if kind == 'explicit':
       same = jax.tree.map(lambda x, t: jax.typeof(x) == t, ended, types)
       assert jax.tree.all(same), same
