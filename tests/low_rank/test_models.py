@@ -105,6 +105,7 @@ def test_linen_scan():
   )
 
 
+@pytest.mark.slow
 def test_linen_in_half_precision():
   model = nn.Dense(6, dtype=jnp.bfloat16)
   trained, frozen = low_rank.init(model.init(KEY, X), KEY, METHODS['sst'])
@@ -141,12 +142,10 @@ def test_uses(use):
   assert (joined.shape, joined.ndim, joined.size) == ((8, 4), 2, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'product'),
-  [
-    ('sst', low_rank.dot),
-    pytest.param('normed', jnp.matmul, marks=pytest.mark.slow),
-  ],
+  [('sst', low_rank.dot), ('normed', jnp.matmul)],
 )
 def test_scanned_and_rematerialised_layers(name, product):
   params = {'layers': jnp.asarray(np.random.default_rng(1).normal(size=(3, 8, 8)))}
