@@ -106,7 +106,9 @@ def _accelerate_whitening(learning_rate: optax.ScalarOrSchedule, ridge=0.2):
 def _split(make):
   def factory(learning_rate: optax.ScalarOrSchedule):
     return bsfa_optax.split_by_subspace(
-      make(), dominant=optax.adam(learning_rate), bulk=optax.sgd(learning_rate)
+      make(),
+      dominant=optax.adam(learning_rate),
+      bulk=optax.adam(learning_rate, b1=0.8),  # takes all until there is a subspace
     )
 
   return factory
