@@ -26,7 +26,8 @@ from benchmarks.training import Carry, share_of_peak, Trainer
 READ_EVERY = 10  # steps between two looks at the losses: each waits for the device
 CURVE_POINTS = 60  # at most
 REFERENCES = ('adamw', 'muon')  # speed-ups are over these
-OF_OTHER_LENGTHS = (*REFERENCES, 'bsfa')  # also trained shorter or longer
+# Also trained shorter or longer.
+OF_OTHER_LENGTHS = (*REFERENCES, 'bsfa', 'bsfa-kronecker')
 LAST_STEPS = 50  # `train_loss` is the mean over so many steps
 
 
