@@ -2,9 +2,9 @@
 
 `bsfa` is the library's default as a user gets it, `bsfa_adamw(rate)`. The others are a
 direction (Adam's, momentum, Muon's ...), perhaps filtered, the task's decoupled weight
-decay and the learning rate. Muon, GaLore and the other filters take the matrices and
-convolutions of the hidden layers, as Muon's authors do; all else has Adam's direction.
-Kron has rules of its own.
+decay and the learning rate. Muon, SOAP, GaLore and the other filters take the matrices
+and convolutions of the hidden layers, as Muon's authors do; all else has Adam's
+direction. Kron has rules of its own.
 
 To add one, add an entry to `CONTENDERS`.
 """
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from benchmarks.soap import scale_by_soap
 from benchmarks.tasks import Task
 import bsfa_optax
 from bsfa_optax import estimators
@@ -101,6 +102,23 @@ def gradients(task: Task) -> optax.GradientTransformation:
 def adams_metric(task: Task) -> optax.GradientTransformation:
   """A history: the gradients over their root mean square."""
   return optax.scale_by_adam(b1=0.0, b2=task.b2)
+
+
+def soap(refresh_every: int) -> Direction:
+  """SOAP with its authors' defaults on the hidden leaves, Adam on the others."""
+
+  def direction(task: Task) -> optax.GradientTransformation:
+    return optax.partition(
+      {True: scale_by_soap(refresh_every=refresh_every), False: adam(task)},
+      lambda params: jax.tree.map_with_path(
+        lambda path, leaf: is_hidden(
+          jax.tree_util.keystr(path, simple=True, separator='/'), leaf
+        ),
+        params,
+      ),
+    )
+
+  return direction
 
 
 def galore(task: Task) -> optax.GradientTransformation:
@@ -188,6 +206,18 @@ def _default(**options: Any) -> Contender:
   return Contender(nadam, 8e-3, settings, alias=alias)
 
 
+def _lean() -> Contender:
+  """`bsfa_adafactor(rate)`."""
+
+  def alias(task, learning_rate):
+    return bsfa_optax.bsfa_adafactor(learning_rate, weight_decay=task.weight_decay)
+
+  settings = _defaults(bsfa_optax.bsfa_adafactor)
+  settings['filter'] = _defaults(bsfa_optax.scale_by_whitening)
+  del settings['weight_decay']
+  return Contender(nadam, 8e-3, settings, alias=alias)
+
+
 # What `bsfa_adamw` filtered with before the whitening.
 _GRADED = {'alpha': 0.1, 'gamma': 4.0, 'exponent': 0.5, 'grafting': True}
 
@@ -200,7 +230,10 @@ CONTENDERS = {
   'muon': _plain(muon, 1.6e-2, consistent_rms=0.2),
   'galore': _plain(galore, 1.6e-2, **_GALORE),
   'kron': _plain(kron, 8e-3, package='psgdax'),
+  'soap': _plain(soap(1), 8e-3, b1=0.95, b2=0.95, refresh_every=1),
+  'soap-10': _plain(soap(10), 8e-3, b1=0.95, b2=0.95, refresh_every=10),
   'bsfa': _default(),
+  'bsfa-adafactor': _lean(),
   'bsfa-kronecker': _filtered(nadam, 2.26e-2, filter_options=_GRADED),
   'bsfa-adam': _filtered(adam, 2.26e-2, filter_options=_GRADED),
   'bsfa-two-level': _filtered(adam, 1.6e-2),

@@ -10,6 +10,7 @@ from bsfa_optax.estimators import dct, hessian_lanczos, kronecker, pca
 from bsfa_optax.filter import (
   accelerate,
   bsfa,
+  bsfa_adafactor,
   bsfa_adamw,
   interpolated,
   split_by_subspace,
@@ -21,6 +22,7 @@ __all__ = [
   'FilterState',
   'accelerate',
   'bsfa',
+  'bsfa_adafactor',
   'bsfa_adamw',
   'dct',
   'hessian_lanczos',

@@ -144,10 +144,15 @@ def increment(count: jax.Array) -> jax.Array:
   return jnp.where(count == largest, largest // 2 + 1, count + 1).astype(jnp.int32)
 
 
-def is_due(count: jax.Array, interval: Interval) -> jax.Array:
-  """Whether the update after `count` others is one with a refresh."""
+def is_due(count: jax.Array, interval: Interval, turn: float = 0.0) -> jax.Array:
+  """Whether the update after `count` others is one with a refresh.
+
+  With a `turn` in [0, 1) it comes that share of an interval earlier.
+  """
   every = interval(count) if callable(interval) else interval
-  return (count + 1) % jnp.maximum(jnp.asarray(every).astype(jnp.int32), 1) == 0
+  every = jnp.maximum(jnp.asarray(every).astype(jnp.int32), 1)
+  earlier = (turn * every.astype(jnp.float32)).astype(jnp.int32)
+  return (count % every + 1 + earlier) % every == 0
 
 
 def growing(period: int) -> Callable[[jax.Array], jax.Array]:

@@ -133,6 +133,11 @@ class Layout:
     """A name for each of the `count` blocks."""
     return [name for block in self.blocks for name in block.names]
 
+  def only(self, members: Sequence[int]) -> Layout:
+    """The layout of some parts alone, without blocks."""
+    parts = tuple(self.parts[i] for i in members)
+    return dataclasses.replace(self, parts=parts, blocks=())
+
   def select(self, tree: Any) -> Vector:
     """The vector of a tree like the parameters: an array for each part."""
     leaves = jax.tree.leaves(tree)

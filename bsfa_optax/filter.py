@@ -204,14 +204,88 @@ def bsfa_adamw(
     Loshchilov and Hutter, `Decoupled Weight Decay Regularization
     <https://arxiv.org/abs/1711.05101>`_, 2019
   """
-  if filter is None:
-    filter = scale_by_whitening()
+  direction = optax.scale_by_adam(
+    b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
+  )
+  return _descent(direction, filter, weight_decay, mask, step_length, learning_rate)
+
+
+def bsfa_adafactor(
+  learning_rate: optax.ScalarOrSchedule,
+  b1: float = 0.9,
+  decay_rate: float = 0.8,
+  clipping_threshold: float = 1.0,
+  min_dim_size_to_factor: int = 32,
+  mu_dtype: Any | None = None,
+  weight_decay: float = 1e-4,
+  mask: Any | Callable[[optax.Params], Any] | None = None,
+  *,
+  filter: optax.GradientTransformation | None = None,
+  step_length: float = 2.8,
+) -> optax.GradientTransformationExtraArgs:
+  """`bsfa_adamw` with a factored second moment: less state than AdamW's.
+
+  Of the second moment only the means of rows and columns are kept, as in Adafactor. The
+  gradient over its root goes through Nesterov's momentum, and then through the filter.
+  What is left are the momentum, 4 bytes a parameter in float32, and the memory of the
+  filter, about 4 for a transformer of width 768 (`bsfa_optax.summary` tells).
+
+  Args:
+    learning_rate: a scalar or a schedule, as for `bsfa_adamw`.
+    b1: decay of the momentum.
+    decay_rate: the second moment decays by ``1 - t ** -decay_rate`` at step t.
+    clipping_threshold: the greatest root mean square of a leaf's gradient over the
+      root of its second moment.
+    min_dim_size_to_factor: leaves of which the second longest axis is shorter have a
+      second moment of their own shape.
+    mu_dtype: dtype of the momentum; the parameters' own by default.
+    weight_decay: strength of the decoupled weight decay, which is not filtered.
+    mask: which parameters decay; a tree or a function from parameters to one.
+    filter: as in `bsfa_adamw`.
+    step_length: as in `bsfa_adamw`.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`.
+
+  Raises:
+    TypeError: if `filter` is no transformation.
+
+  Examples:
+    >>> import bsfa_optax, jax, jax.numpy as jnp, optax
+    >>> kernel = {'kernel': jax.ShapeDtypeStruct((256, 256), jnp.float32)}
+    >>> for tx in bsfa_optax.bsfa_adafactor(3e-4), bsfa_optax.bsfa_adamw(3e-4):
+    ...   print(str(bsfa_optax.summary(tx, kernel)).splitlines()[-1])
+    state: 790,548 bytes, 12.1 a parameter
+    state: 1,050,640 bytes, 16.0 a parameter
+
+  References:
+    Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
+    <https://arxiv.org/abs/1804.04235>`_, 2018
+  """
+  direction = optax.chain(
+    optax.scale_by_factored_rms(
+      decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor
+    ),
+    optax.clip_by_block_rms(clipping_threshold),
+    optax.trace(b1, nesterov=True, accumulator_dtype=mu_dtype),
+    optax.scale(1 - b1),
+  )
+  return _descent(direction, filter, weight_decay, mask, step_length, learning_rate)
+
+
+def _descent(
+  direction: optax.GradientTransformation,
+  filter: optax.GradientTransformation | None,
+  weight_decay: float,
+  mask: Any,
+  step_length: float,
+  learning_rate: optax.ScalarOrSchedule,
+) -> optax.GradientTransformationExtraArgs:
+  filter = scale_by_whitening() if filter is None else filter
   _check.transformation('filter', filter)
   _check.positive_scalar('step_length', step_length)
   return optax.chain(
-    optax.scale_by_adam(
-      b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
-    ),
+    direction,
     filter,
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale(step_length),

@@ -7,6 +7,7 @@ the arithmetic of one side, and the storage of its two matrices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import functools
 import math
 import string
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from bsfa_optax import _check, _learned, _leaves, _linalg, _roots, _vectors
-from bsfa_optax._leaves import Part
+from bsfa_optax._leaves import Layout, Part
 
 
 def scale_by_whitening(
@@ -30,6 +31,7 @@ def scale_by_whitening(
   axes: _leaves.Axes = None,
   batch_axes: _leaves.Axes = None,
   axis_name: str | Sequence[str] | None = None,
+  distribute_over: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Whitens each matrix of the updates on both sides, in matrix products alone.
 
@@ -63,11 +65,12 @@ def scale_by_whitening(
     ridge: :math:`\epsilon`, in units of the mean variance; a scalar > 0 or a schedule.
       May be traced.
     decay: weight of the past at a refresh, in [0, 1).
-    refresh_every: updates between two refreshes, each of which uses one update; or a
-      schedule of it, from the number of updates seen before, int32 (), rounded down
-      and at least 1. Refreshed is at the updates whose number, from 1, is a multiple
-      of it. By default it grows by one every 100 updates, from 1 to 5: the covariance
-      turns fastest at the beginning.
+    refresh_every: updates between two refreshes of a matrix, each of which uses one
+      update; or a schedule of it, from the number of updates seen before, int32 (),
+      rounded down and at least 1. Leaves take turns within an interval, in up to five
+      groups of about the same work, so that no step pays for all. By default it grows
+      by one every 100 updates, from 1 to 5: the covariance turns fastest at the
+      beginning.
     block_size: an axis of more entries is cut into equal diagonal blocks, each with its
       own covariance, of at most so many and at most as many as the other axis has.
     leaves: which leaves are filtered, a function ``(name, leaf) -> bool``, with names
@@ -88,6 +91,9 @@ def scale_by_whitening(
       summed over a block is then summed over these too. A leaf that does not vary over
       an axis is not split by it; with ``check_vma=False`` every leaf is taken to be
       split. Not for jit, which needs no help.
+    distribute_over: an axis of the mesh in use (``jax.set_mesh``). The devices along it
+      share out the roots of each size and gather them, instead of each computing all.
+      By default none: a refresh then needs no gathering. Not for ``jax.shard_map``.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` whose state is a `FilterState`. Its
@@ -156,15 +162,22 @@ def scale_by_whitening(
   def learn(layout, vector, memory, count, params, **extra_args):
     del params, extra_args
     e = _learned.value(ridge, count)
-    return jax.lax.cond(
-      _learned.is_due(count, interval),
-      lambda vector, memory: refresh(layout, vector, memory, e),
-      lambda vector, memory: memory,
-      vector,
-      memory,
-    )
+    memory = list(memory)
+    turns = _turns(layout, block_size)
+    for turn, members in enumerate(turns):
+      # No step pays for all: each group of parts has its own within an interval.
+      news = jax.lax.cond(
+        _learned.is_due(count, interval, turn / len(turns)),
+        functools.partial(refresh, layout.only(members), e),
+        lambda vector, memory: memory,
+        [vector[i] for i in members],
+        [memory[i] for i in members],
+      )
+      for i, new in zip(members, news, strict=True):
+        memory[i] = new
+    return tuple(memory)
 
-  def refresh(layout, vector, memory, e):
+  def refresh(layout, e, vector, memory):
     moments = [
       [_moment(v, side, part) for side in _sides(part, block_size)]
       for part, v in zip(layout.parts, vector, strict=True)
@@ -180,7 +193,7 @@ def scale_by_whitening(
         covariances.append(new)
         regular.append(_regular(new, side, e))
     # All sides of one size are one batch.
-    roots = _linalg.by_size(_roots.inverse_square_root, regular)
+    roots = _linalg.by_size(_roots.inverse_square_root, regular, distribute_over)
     old, structure = jax.tree.flatten(memory)
     news = []
     for covariance, root, packed in zip(covariances, roots, old, strict=True):
@@ -196,7 +209,7 @@ def scale_by_whitening(
       effective = jnp.ones(part.batch_shape, jnp.float32)
       for side, packed in zip(_sides(part, block_size), sides, strict=True):
         v = _multiplied(v, _root(packed).astype(v.dtype), side, part)
-        effective = effective * _effective_directions(_covariance(packed))
+        effective = effective * _effective_directions(packed)
       whitened.append(v)
       directions.append(jnp.where(bool(sides), effective, 0))
     whitened = _vectors.with_norm_of(layout, whitened, vector)
@@ -275,6 +288,20 @@ def _sides(part: Part, block_size: int) -> tuple[Side, ...]:
   return tuple(map(side, sorted(fit)))
 
 
+def _turns(layout: Layout, block_size: int) -> list[list[int]]:
+  """The parts, by position, in at most five groups of about the same work."""
+
+  def work(i):
+    sides = _sides(layout.parts[i], block_size)
+    cubes = sum(side.blocks * side.size**3 for side in sides)
+    return math.prod(layout.parts[i].batch_shape) * cubes
+
+  turns: list[list[int]] = [[] for _ in range(min(5, len(layout.parts)))]
+  for i in sorted(range(len(layout.parts)), key=work, reverse=True):
+    min(turns, key=lambda members: sum(map(work, members))).append(i)
+  return turns
+
+
 def _unlearnt(part: Part, side: Side) -> jax.Array:
   zeros, eye = jnp.zeros((side.size, side.size)), jnp.eye(side.size)
   packed = _packed(zeros.astype(jnp.float32), eye.astype(jnp.float32))
@@ -296,10 +323,12 @@ def _regular(covariance: jax.Array, side: Side, ridge: Any) -> jax.Array:
   return covariance / jnp.where(mean > 0, mean, 1) + ridge * eye
 
 
-def _effective_directions(covariance: jax.Array) -> jax.Array:
-  """The trace's square over the trace of the square, `(*batch, blocks, n, n)`."""
-  squares = jnp.square(covariance).sum((-3, -2, -1))
-  trace = jnp.squeeze(_trace(covariance), (-3, -2, -1))
+def _effective_directions(packed: jax.Array) -> jax.Array:
+  """Of a covariance the trace's square over the trace of the square, `-> (*batch,)`."""
+  lower = jnp.tril(packed[..., :-1])
+  diagonal = jnp.diagonal(lower, axis1=-2, axis2=-1)
+  squares = 2 * jnp.square(lower).sum((-3, -2, -1)) - jnp.square(diagonal).sum((-2, -1))
+  trace = diagonal.sum((-2, -1))
   return jnp.square(trace) / jnp.where(squares > 0, squares, 1)
 
 

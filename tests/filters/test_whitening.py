@@ -146,6 +146,26 @@ def test_between_refreshes_the_roots_stay():
   assert not jnp.array_equal(state.memory[0][0], later.memory[0][0])
 
 
+def test_leaves_take_turns_within_an_interval():
+  sizes = [(4, 9), (4, 9), (9, 4), (4, 4), (4, 5), (4, 6)]
+  shapes = dict(zip('abcdef', sizes, strict=True))
+  ones = {name: jnp.ones(shape) for name, shape in shapes.items()}
+  tx = scale_by_whitening(refresh_every=5)
+
+  def step(state, _):
+    state = tx.update(ones, state)[1]
+    return state, [jnp.trace(sides[0][0, 0]) for sides in state.memory]
+
+  _, traces = jax.lax.scan(step, tx.init(ones), length=10)
+  refreshed = np.diff(np.stack(traces), axis=1, prepend=0) > 0
+  np.testing.assert_array_equal(refreshed.sum(1), 2)  # each leaf in each interval
+  np.testing.assert_array_equal(refreshed[:, :5], refreshed[:, 5:])
+  in_step = refreshed[:, :5].sum(0)
+  assert in_step.max() == 2
+  # The longest have a step of their own.
+  assert all(in_step[refreshed[i, :5].argmax()] == 1 for i in range(3))
+
+
 @pytest.mark.parametrize('scale', [1e-14, 1e14])
 def test_the_scale_of_updates_carries_over(scale):
   updates = updates_of((4, 6), 3)

@@ -22,7 +22,7 @@ FILTERS = {
   'kronecker': lambda **kw: graded(
     estimator=kronecker(refresh_every=3, max_ratio=1e9, **kw)
   ),
-  'whitening': lambda **kw: scale_by_whitening(refresh_every=3, **kw),
+  'whitening': lambda **kw: scale_by_whitening(refresh_every=1, **kw),  # no turns
 }
 STEPS = 7
 TOL = 2e-5

@@ -80,6 +80,35 @@ def test_along_whole_axes_there_are_all_reduces_alone(name, kind):
 
 @SLOW
 @pytest.mark.parametrize('kind', MESHES)
+def test_roots_shared_out_over_an_axis_are_gathered_once(kind):
+  tx = scale_by_whitening(axes=1, distribute_over='fsdp')
+  few, many = (collectives(tx, [(8, 6)] * n, P('fsdp'), kind) for n in (2, 8))
+  whole = collectives(scale_by_whitening(axes=1), [(8, 6)] * 8, P('fsdp'), kind)
+  gathers = [size for name, size in many if name != 'all-reduce']
+  assert len(few) == len(many) == len(whole) + 1
+  assert gathers == [8 * 36]
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(MESHES[kind],))
+  rows = np.random.default_rng(0).normal(size=(3, 8, 6))
+  updates = [jnp.asarray(x, jnp.float32) for x in rows]
+  found = []
+  for options in ({}, {'distribute_over': 'fsdp'}):
+    tx = scale_by_whitening(axes=1, **options)
+    with jax.set_mesh(mesh):
+      sharded = jax.device_put(updates, NamedSharding(mesh, P('fsdp')))
+      out, _ = jax.jit(tx.update)(sharded, tx.init(sharded))
+    found.append(np.stack([np.asarray(x) for x in out]))
+  np.testing.assert_allclose(*found, atol=1e-5)
+
+
+def test_roots_are_shared_out_over_an_axis_of_the_mesh_in_use():
+  tx = scale_by_whitening(distribute_over='rows')
+  updates = jnp.ones((4, 4))
+  with pytest.raises(ValueError, match=r"distribute_over .* got 'rows'.*set_mesh"):
+    tx.update(updates, tx.init(updates))
+
+
+@SLOW
+@pytest.mark.parametrize('kind', MESHES)
 def test_kronecker_along_whole_axes_sends_small_sums_only(kind):
   tx = bsfa(estimator=kronecker(axes=1))
   found = {n: collectives(tx, [(8, 6)] * n, P('fsdp'), kind) for n in (1, 3, 6)}
