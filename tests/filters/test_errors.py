@@ -276,8 +276,9 @@ def test_remedies_work(make):
   split = optax.contrib.split_real_and_imaginary
   txs = {'real': make(), 'complex': split(make()), 'rest': optax.identity()}
   tx = optax.partition(txs, {'i': 'rest', 'w': 'real', 'z': 'complex'})
-  updates, _ = jax.jit(tx.update)(v, tx.init(v))
-  assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, v)
+  updates, _ = jax.eval_shape(tx.update, v, tx.init(v))
+  types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert types(updates) == types(v)
 
 
 @pytest.mark.parametrize('value', [0, 1, 2.5, np.float32(0.5), jnp.array(2), INF])
