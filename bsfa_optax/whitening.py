@@ -155,7 +155,7 @@ def scale_by_whitening(
 
   def learn(layout, vector, memory, count, params, **extra_args):
     del params, extra_args
-    e = _learned.value(ridge, count)
+    e = _learned.value('ridge', ridge, count)
     return jax.lax.cond(
       _learned.is_due(count, interval),
       lambda vector, memory: refresh(layout, vector, memory, e),
