@@ -46,7 +46,7 @@ def one_run(example, folder, rng, seconds, size, most) -> dict:
     )
     kind = kind[0] if sum(tally.values()) < most else None
     limit = rng.randrange(size // 2, size) if kind == 'full disk' else None
-    process = tiny.Process(example, folder, limit)
+    process = tiny.start(example, folder, limit)
     try:
       if kind is None or kind == 'full disk':
         ended = process.wait(tiny.TIMEOUT)

@@ -4,6 +4,7 @@ They are forked from one that has imported everything, but has not started JAX y
 process that is killed costs little more than what it trained.
 """
 
+from collections.abc import Callable
 import contextlib
 import hashlib
 import importlib.util
@@ -14,6 +15,8 @@ import resource
 import signal
 import sys
 import time
+import traceback
+from types import ModuleType
 
 from flax import serialization
 import jax
@@ -26,12 +29,17 @@ JOB = ['--optimizer', 'bsfa', '--heads', '1', '--steps', str(STEPS)]
 JOB += ['--data', 'text.txt', '--output', 'run']
 
 
-def load_example():
-  spec = importlib.util.spec_from_file_location(
-    'train_llama', ROOT / 'examples' / 'train_llama.py'
-  )
+def load(name: str) -> ModuleType:
+  """An example as a module."""
+  path = ROOT / 'examples' / f'{name}.py'
+  spec = importlib.util.spec_from_file_location(name, path)
   example = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(example)
+  return example
+
+
+def load_example() -> ModuleType:
+  example = load('train_llama')
   example.LAYERS, example.ROWS, example.CONTEXT, example.HEAD = 1, 2, 8, 8
   example.LOOK_EVERY = example.SAVE_EVERY = 5
   # Of the table and the figure only what holds the run's numbers.
@@ -52,13 +60,14 @@ def prepare(folder: Path, cache: Path) -> None:
 
 
 class Process:
-  """A run of the example, from its last checkpoint on if it has one."""
+  """Runs `main` in a process of its own, whose output goes to a file."""
 
-  def __init__(self, example, folder: Path, file_limit: int | None = None):
+  def __init__(
+    self, folder: Path, main: Callable[[], None], file_limit: int | None = None
+  ):
     self.log = folder / 'log.txt'
     self.begin = time.monotonic()
     self.status = None
-    resumed = any((folder / 'run').glob('*/*.ckpt'))
     self.pid = os.fork()
     if self.pid:
       return
@@ -73,16 +82,7 @@ class Process:
       os.chdir(folder)
       if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-      sys.argv = ['train_llama.py', *JOB, *(['--resume'] if resumed else [])]
-      try:
-        example.main()
-        status = 0
-      except SystemExit as error:
-        if isinstance(error.code, str):
-          print(error.code, file=sys.stderr)
-        status = error.code if isinstance(error.code, int) else 1
-      except KeyboardInterrupt:  # before the example's own handler was there
-        status = 130
+      status = status_of(main)
       sys.stdout.flush()
       sys.stderr.flush()
     finally:
@@ -117,9 +117,46 @@ class Process:
     return self.log.read_text(errors='replace').strip().splitlines()[-1:]
 
 
-def run_to_its_end(example, folder: Path) -> float:
-  """Without a fault; returns seconds."""
-  process = Process(example, folder)
+def status_of(main: Callable[[], None]) -> int:
+  """As Python's own at its end."""
+  try:
+    main()
+  except SystemExit as error:
+    if isinstance(error.code, str):
+      print(error.code, file=sys.stderr)
+      return 1
+    return error.code or 0
+  except KeyboardInterrupt:  # before the example's own handler was there
+    return 130
+  except Exception:
+    traceback.print_exc()
+    return 1
+  return 0
+
+
+def start(example: ModuleType, folder: Path, file_limit: int | None = None) -> Process:
+  """A run of the example, from its last checkpoint on if it has one."""
+  resumed = any((folder / 'run').glob('*/*.ckpt'))
+  options = [*JOB, *(['--resume'] if resumed else [])]
+
+  def main():
+    sys.argv = ['train_llama.py', *options]
+    example.main()
+
+  return Process(folder, main, file_limit)
+
+
+def run(folder: Path, main: Callable[[], None]) -> float:
+  """Runs it to its end in a process; returns seconds."""
+  return finished(Process(folder, main))
+
+
+def run_to_its_end(example: ModuleType, folder: Path) -> float:
+  """A run of the example without a fault; returns seconds."""
+  return finished(start(example, folder))
+
+
+def finished(process: Process) -> float:
   try:
     process.wait(TIMEOUT)
   finally:
