@@ -77,7 +77,7 @@ def refusal(load: Callable[[], object], remedy: str) -> str:
     fine = '\n' not in message and 'damaged' in message and remedy in message
     return '' if fine else f'no remedy in {message!r}'
   except Exception as error:
-    return f'not refused but raised: {error!r}'
+    return f'not refused but raised: {type(error).__name__} {str(error)[:80]!r}'
   return 'taken without a word'
 
 
