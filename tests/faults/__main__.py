@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 import sys
 
-from benchmarks.command_line import positive_int
 from benchmarks.progress import Progress
 from tests.faults import checkpoints, kills, soak, updates
 
@@ -23,6 +22,13 @@ KINDS = {
 }
 
 
+def positive(text: str) -> int:
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
+  return value
+
+
 def main():
   parser = argparse.ArgumentParser(
     prog='python -m tests.faults',
@@ -30,7 +36,7 @@ def main():
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   for kind, (_, text) in KINDS.items():
-    parser.add_argument(f'--{kind}', type=positive_int, metavar='N', help=text)
+    parser.add_argument(f'--{kind}', type=positive, metavar='N', help=text)
   parser.add_argument(
     '--results',
     type=Path,

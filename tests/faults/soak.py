@@ -9,7 +9,6 @@ import numpy as np
 import optax
 
 import bsfa_optax
-from bsfa_optax import whitening
 
 CHUNK = 2500  # steps between two looks
 RIDGE = 0.2  # the default
@@ -41,13 +40,19 @@ def make_step():
   return tx, make(jnp.zeros), step
 
 
-def norm_error(state, updates) -> float:
-  """How far the filter, as it is now, is from keeping the norm of a matrix."""
-  filtered, _ = bsfa_optax.scale_by_whitening(refresh_every=2**30).update(
-    updates, state
-  )
-  pairs = zip(jax.tree.leaves(filtered), jax.tree.leaves(updates), strict=True)
-  return max(abs(float(jnp.linalg.norm(a) / jnp.linalg.norm(b)) - 1) for a, b in pairs)
+@jax.jit
+def filtered(state, updates):
+  """By what the filter has learnt, with nothing added to it."""
+  tx = bsfa_optax.scale_by_whitening(refresh_every=2**30)
+  return tx.update(updates, state)[0]
+
+
+def unpacked(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Covariance, below and on the diagonal, and root, above it, as whole matrices."""
+  packed = np.asarray(packed, np.float64)
+  swap = lambda x: np.swapaxes(x, -1, -2)
+  lower, upper = np.tril(packed[..., :-1]), np.triu(packed[..., 1:])
+  return lower + swap(np.tril(lower, -1)), upper + swap(np.triu(upper, 1))
 
 
 def look(state, updates) -> dict[str, float]:
@@ -57,20 +62,21 @@ def look(state, updates) -> dict[str, float]:
   figures = {'not finite': sum(not np.isfinite(x).all() for x in leaves)}
   figures |= {'trace': 0.0, 'negative': 0.0, 'root': 0.0}
   for packed in jax.tree.leaves(found.memory):
-    covariance = np.asarray(whitening._covariance(packed), np.float64)
-    root = np.asarray(whitening._root(packed), np.float64)
-    n = covariance.shape[-1]
+    covariance, root = unpacked(packed)
     values, vectors = np.linalg.eigh(covariance)
-    mean = np.trace(covariance, axis1=-2, axis2=-1)[..., None] / n
-    exact = (vectors * (values / mean + RIDGE)[..., None, :] ** -0.5) @ np.swapaxes(
-      vectors, -1, -2
-    )
+    mean = values.mean(-1, keepdims=True)
+    powers = (values / mean + RIDGE) ** -0.5
+    exact = (vectors * powers[..., None, :]) @ np.swapaxes(vectors, -1, -2)
     apart = np.linalg.norm(root - exact, 2, axis=(-2, -1))
-    largest = np.linalg.norm(exact, 2, axis=(-2, -1))
-    figures['root'] = max(figures['root'], float((apart / largest).max()))
-    figures['trace'] = max(figures['trace'], float(np.abs(n * mean - 1).max()))
+    trace = values.sum(-1)
+    figures['trace'] = max(figures['trace'], float(np.abs(trace - 1).max()))
     figures['negative'] = max(figures['negative'], float(-values.min()))
-  return figures | {'norm': norm_error(found, updates)}
+    figures['root'] = max(figures['root'], float((apart / powers.max(-1)).max()))
+  pairs = zip(
+    jax.tree.leaves(filtered(found, updates)), jax.tree.leaves(updates), strict=True
+  )
+  ratios = [np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs]
+  return figures | {'norm': max(abs(float(x) - 1) for x in ratios)}
 
 
 def trials(count: int, done: list[dict], cache: Path) -> Iterator[dict]:
