@@ -11,11 +11,16 @@ On one machine, two processes of two simulated devices each:
   python multi_process.py --directory=/tmp/run --simulate=2 --processes=2 --id=1
 
 A run that was stopped goes on from its last checkpoint when it is started again, with
-any number of processes.
+any number of processes. A checkpoint is whole once it has its checksums, which
+`sha256sum --check SHA256SUMS` reads too: without them it was not finished, and if they
+do not fit it is refused.
 """
 
 import argparse
 import functools
+import hashlib
+from pathlib import Path
+import sys
 
 import jax
 from jax import P
@@ -27,6 +32,7 @@ import bsfa_optax
 from bsfa_optax.state import state_shardings
 
 WIDTH, BATCH = 16, 32
+SUMS = 'SHA256SUMS'
 
 
 def init_params():
@@ -46,6 +52,32 @@ def make_batch(step):
 def loss_fn(params, inputs, targets):
   outputs = jnp.tanh(inputs @ params['in']) @ params['out']
   return jnp.mean((outputs - targets) ** 2)
+
+
+def checksums(folder):
+  """A line for each file of a checkpoint."""
+  files = [x for x in sorted(folder.rglob('*')) if x.is_file() and SUMS not in x.name]
+  digest = lambda file: hashlib.sha256(file.read_bytes()).hexdigest()
+  return ''.join(f'{digest(x)}  {x.relative_to(folder)}\n' for x in files)
+
+
+def finish(folder):
+  """Adds the checksums to a checkpoint, as a whole or not at all."""
+  (new := folder / f'{SUMS}.new').write_text(checksums(folder))
+  new.replace(folder / SUMS)
+
+
+def last_step(manager):
+  """Of the last whole checkpoint; what was not finished after it is removed."""
+  for step in sorted(manager.all_steps(), reverse=True):
+    folder = Path(manager.directory) / str(step)
+    if not (folder / SUMS).exists():
+      manager.delete(step)
+    elif (folder / SUMS).read_bytes() != checksums(folder).encode():
+      sys.exit(f'{folder} is damaged; to go on from the one before it: rm -r {folder}')
+    else:
+      return step
+  return None
 
 
 def train(directory, steps, save_every):
@@ -75,7 +107,7 @@ def train(directory, steps, save_every):
 
   options = ocp.CheckpointManagerOptions(save_interval_steps=save_every, max_to_keep=2)
   with ocp.CheckpointManager(directory, options=options) as manager:
-    first = manager.latest_step()
+    first = last_step(manager)
     if first is None:
       first = 0
       params, state = jax.jit(init, out_shardings=shardings)()
@@ -89,14 +121,19 @@ def train(directory, steps, save_every):
     for step in range(first, steps):
       params, state, loss = step_fn(params, state, step)
       print(f'step {step} loss {float(loss):.6f}', flush=True)
-      manager.save(step + 1, args=ocp.args.StandardSave((params, state)))
+      if manager.save(step + 1, args=ocp.args.StandardSave((params, state))):
+        manager.wait_until_finished()
+        if jax.process_index() == 0:
+          finish(directory / str(step + 1))
 
 
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--directory', required=True, help='for the checkpoints')
+  parser.add_argument(
+    '--directory', type=Path, required=True, help='for the checkpoints'
+  )
   parser.add_argument('--steps', type=int, default=20)
   parser.add_argument('--save_every', type=int, default=5)
   parser.add_argument('--simulate', type=int, help='CPU devices for each process')
@@ -114,7 +151,7 @@ def main():
     jax.distributed.initialize()
   elif args.processes > 1:
     jax.distributed.initialize(args.coordinator, args.processes, args.id)
-  train(args.directory, args.steps, args.save_every)
+  train(args.directory.absolute(), args.steps, args.save_every)
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ Ctrl-C saves and prints the command that goes on. Example, with a text of your o
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 import shlex
@@ -13,13 +14,12 @@ import sys
 import sysconfig
 import time
 
-from flax import nnx
+from flax import nnx, serialization
 import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import bsfa_optax
@@ -49,8 +49,7 @@ class Layer(nnx.Module):
     q, k, v = (f(h).reshape(split) for f in (self.q, self.k, self.v))
     mixed = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
     x = x + self.out(mixed.reshape(x.shape))
-    h = self.mlp_norm(x)
-    return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
+    return x + self.down(jax.nn.silu(self.gate(h := self.mlp_norm(x))) * self.up(h))
 
 
 def make_optimizer(name, rate, steps):
@@ -66,17 +65,19 @@ def make_optimizer(name, rate, steps):
   return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
 
-def read_text(files):
-  """Bytes to train on; and of one part in ten, to validate with."""
-  files = files or sorted(Path(sysconfig.get_path('stdlib')).glob('*.py'))
-  text = np.frombuffer(b'\n'.join(file.read_bytes() for file in files), np.uint8)
-  training = np.arange(len(text)) * 100 // len(text) % 10 > 0
-  return text[training].astype(np.int32), text[~training].astype(np.int32)
+def load(folder, state, run):  # the last checkpoint, or what is given
+  for path in sorted(folder.glob('*.ckpt'))[-1:]:
+    digest, content = (data := path.read_bytes())[:32], data[32:]
+    if hashlib.sha256(content).digest() != digest:
+      sys.exit(f'{path} is damaged; to go on from the one before it: rm {path}')
+    state, saved = serialization.from_bytes((state, ''), content)
+    if run['options'] != (saved := json.loads(saved))['options']:
+      sys.exit(f'--resume: {path} has other options: {saved["options"]}')
+    run = saved
+  return state, run
 
 
-def train(name, rate, args, text, validation, stop):
-  """Trains from the last checkpoint to the end, or to where `stop` is set."""
-
+def train(name, rate, args, text, validation, stop):  # till `stop` is set
   def draw(text, count, *seed):
     starts = np.random.default_rng(seed).integers(0, len(text) - CONTEXT, (count, 1))
     return text[starts + np.arange(CONTEXT + 1)]
@@ -90,6 +91,10 @@ def train(name, rate, args, text, validation, stop):
   state = params, jax.jit(tx.init)(params)
   run = {'optimizer': name, 'learning_rate': rate, 'losses': [], 'seconds': [0]}
   run |= {'matrices': bsfa_optax.state.block_names(tx, params), 'directions': []}
+  run['options'] = f'--learning-rate {rate} --heads {args.heads} --steps {args.steps}'
+  run['options'] += f' --seed {args.seed}, text {hashlib.sha256(text).hexdigest()[:8]}'
+  (folder := args.output / name).mkdir(parents=True, exist_ok=True)
+  state, run = load(folder, state, run)
 
   def loss_fn(params, rows):
     logits = nnx.merge(graph, params)(rows[:, :-1])
@@ -101,37 +106,30 @@ def train(name, rate, args, text, validation, stop):
     return (optax.apply_updates(state[0], updates), opt_state), loss
 
   step = jax.jit(step, donate_argnums=0).lower(state, draw(text, ROWS, 0)).compile()
-  keep = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=SAVE_EVERY)
-  with ocp.CheckpointManager(Path.cwd() / args.output / name, options=keep) as manager:
-    if manager.latest_step() is not None:
-      like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-      items = {'state': ocp.args.StandardRestore(like), 'run': ocp.args.JsonRestore()}
-      saved = manager.restore(manager.latest_step(), args=ocp.args.Composite(**items))
-      state, run = saved['state'], saved['run']
-    ending, done = False, len(run['losses'])
-    with tqdm(total=args.steps, initial=done, desc=name, unit='step') as bar:
-      while done < args.steps and not ending:
-        begin, ending, losses = time.perf_counter(), bool(stop), []
-        for number in range(done, min(done + LOOK_EVERY, args.steps)):
-          state, loss = step(state, draw(text, ROWS, args.seed, number))
-          losses.append(loss)
-        run['losses'] += map(float, losses)
-        run['seconds'] += [run['seconds'][-1] + time.perf_counter() - begin]
-        directions = optax.tree.get(state[1], 'effective_directions', np.zeros(0))
-        run['directions'] += [directions.tolist()]
-        done = len(run['losses'])
-        bar.set_postfix(loss=f'{run["losses"][-1]:.4f}', refresh=False)
-        bar.update(len(losses))
-        items = {'state': ocp.args.StandardSave(state), 'run': ocp.args.JsonSave(run)}
-        forced = ending or done == args.steps
-        manager.save(done, args=ocp.args.Composite(**items), force=forced)
-        manager.wait_until_finished()  # the next step donates the arrays
+  ending, done = False, len(run['losses'])
+  with tqdm(total=args.steps, initial=done, desc=name, unit='step') as bar:
+    while bar.n < args.steps and not ending:
+      begin, ending, losses = time.perf_counter(), bool(stop), []
+      for number in range(bar.n, min(bar.n + LOOK_EVERY, args.steps)):
+        state, loss = step(state, draw(text, ROWS, args.seed, number))
+        losses.append(loss)
+      run['losses'] += map(float, losses)
+      run['seconds'] += [run['seconds'][-1] + time.perf_counter() - begin]
+      directions = optax.tree.get(state[1], 'effective_directions', np.zeros(0))
+      run['directions'] += [directions.tolist()]
+      bar.set_postfix(loss=f'{run["losses"][-1]:.4f}', refresh=False)
+      bar.update(len(losses))
+      if bar.n % SAVE_EVERY == 0 or bar.n == args.steps or ending:
+        content = serialization.to_bytes((state, json.dumps(run)))
+        (new := folder / 'new').write_bytes(hashlib.sha256(content).digest() + content)
+        new.replace(folder / f'{bar.n:08}.ckpt')  # there as a whole or not at all
+        for old in sorted(folder.glob('*.ckpt'))[:-2]:
+          old.unlink()
   run['validation_loss'] = float(jax.jit(loss_fn)(state[0], draw(validation, 1024, 0)))
   return run
 
 
-def show(runs, output):
-  """The table, loss.png and results.json."""
+def show(runs, output):  # the table, loss.png and results.json
   line = '{:10}{:<10}{:<13}{:<18}{}'.format
   print(line('', 'rate', 'train loss', 'validation loss', 'ms a step'))
   one, two = (fig := Figure((10, 4))).subplots(1, 2, subplot_kw={'xlabel': 'step'})
@@ -171,29 +169,29 @@ def main():
     parser.error('--learning-rate: give a positive number for each --optimizer')
   if min(args.steps, args.heads, args.seed + 1) < 1:
     parser.error('--steps and --heads begin at 1, --seed at 0')
-  config = json.dumps(vars(args) | {'resume': True}, default=str, indent=1)
-  path, runs, stop = args.output / 'config.json', [], []
+  runs, stop = [], []
   try:
-    text, validation = read_text(args.data)
+    files = args.data or sorted(Path(sysconfig.get_path('stdlib')).glob('*.py'))
+    text = np.frombuffer(b'\n'.join(x.read_bytes() for x in files), np.uint8)
+    training = np.arange(len(text)) * 100 // len(text) % 10 > 0  # nine parts in ten
+    text, validation = (text[x].astype(np.int32) for x in (training, ~training))
     if len(validation) <= CONTEXT:
       parser.error(f'--data: give a text of at least {11 * CONTEXT} bytes')
-    args.output.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not args.resume:
-      parser.error(f'--output: {args.output} has a run; --resume it or give another')
-    if args.resume and (not path.exists() or path.read_text() != config):
-      parser.error(f'--resume: {args.output} has no run with these very options')
-    path.write_text(config)
+    if any(args.output.glob('*/*.ckpt')) != args.resume:
+      found = 'no run; begin one without' if args.resume else 'a run; give another or'
+      parser.error(f'--output: {args.output} has {found} --resume')
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, lambda number, _: stop.append(number))
+    for name, rate in zip(args.optimizer, rates, strict=True):
+      runs.append(train(name, rate, args, text, validation, stop))
+      if stop:
+        again = [x for x in sys.argv if x != '--resume']
+        print(f'saved; go on with:\n{shlex.join([sys.executable, *again, "--resume"])}')
+        sys.exit(128 + stop[0])
+    show(runs, args.output)
   except OSError as error:
-    parser.error(f'{error.filename}: {error.strerror}; give another path')
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, _: stop.append(number))
-  for name, rate in zip(args.optimizer, rates, strict=True):
-    runs.append(train(name, rate, args, text, validation, stop))
-    if stop:
-      again = [x for x in sys.argv if x != '--resume']
-      print(f'saved; go on with:\n{shlex.join([sys.executable, *again, "--resume"])}')
-      sys.exit(128 + stop[0])
-  show(runs, args.output)
+    what = f'{error.filename or args.output}: {error.strerror}'
+    parser.exit(2, f'{what}; give another path, or mend it and --resume\n')
 
 
 if __name__ == '__main__':
