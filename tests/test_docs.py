@@ -31,6 +31,13 @@ NO_EXAMPLES = {
   'bsfa_optax.low_rank.Factors',
   'bsfa_optax.low_rank.FrozenFactors',
 }
+SITE = 'https://bsfa-optax.readthedocs.io/en/latest/'
+REPOSITORY = 'https://github.com/bsfa-optax/bsfa_optax'
+FILES = (
+  f'{REPOSITORY}/blob/main/',
+  'https://raw.githubusercontent.com/bsfa-optax/bsfa_optax/main/',
+)
+LINK = re.compile(r'\]\((\S+?)\)|^\[.+?\]: (\S+)$', re.MULTILINE)
 PYTHON = re.compile(r'^```python\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
 
@@ -89,3 +96,25 @@ def test_code_of_page_runs(page, tmp_path, monkeypatch):
     # Padded so that a traceback gives the line of the page.
     padding = '\n' * text.count('\n', 0, block.start(1))
     exec(compile(padding + block[1], str(page), 'exec'), namespace)
+
+
+def leads_somewhere(link, page):
+  """Whether the part of a link that this checkout answers for is there."""
+  address = link.partition('#')[0]
+  for start in FILES:
+    if address.startswith(start):
+      return (ROOT / address.removeprefix(start)).exists()
+  if address.startswith(SITE):
+    name = address.removeprefix(SITE).removesuffix('.html') or 'index'
+    return any((ROOT / 'docs').glob(f'{name}.*'))
+  if '://' in address:
+    return True
+  return page.name != 'README.md' and (page.parent / address).exists()
+
+
+# Those of the site are checked as it is built.
+@pytest.mark.parametrize('page', sorted(ROOT.glob('*.md')), ids=lambda page: page.name)
+def test_links_of_page_lead_somewhere(page):
+  """README's are absolute, as it is shown elsewhere too."""
+  links = [a or b for a, b in LINK.findall(page.read_text())]
+  assert [link for link in links if not leads_somewhere(link, page)] == []
