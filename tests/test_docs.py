@@ -89,15 +89,15 @@ def test_public_name_has_an_example(name):
   assert doctest.DocTestParser().get_examples(docstring)
 
 
+# It takes longest, and Qwix uses what Flax has deprecated.
+RECIPES = [pytest.mark.slow, pytest.mark.filterwarnings('ignore::DeprecationWarning')]
+
+
 @pytest.mark.parametrize(
   'page',
-  [
-    pytest.param(page, marks=[pytest.mark.slow] if page.stem == 'recipes' else [])
-    for page in PAGES
-  ],
+  [pytest.param(p, marks=RECIPES if p.stem == 'recipes' else []) for p in PAGES],
   ids=lambda page: page.name,
 )
-@pytest.mark.filterwarnings("ignore:The 'm.iter_modules:DeprecationWarning")  # Qwix
 @pytest.mark.usefixtures('standard_promotion')  # as readers have it
 def test_code_of_page_runs(page, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
