@@ -20,7 +20,7 @@ from jax.extend import core
 import jax.numpy as jnp
 import optax
 
-from benchmarks import report
+from benchmarks import drawing, report
 from benchmarks.store import Store
 import bsfa_optax
 
@@ -284,19 +284,19 @@ def write(store: Store, docs: Path) -> None:
     f' {widths[0]["machine"]["device_kind"]}, and of the products of a training step'
     ' with it (2,048 tokens, forward and backward).',
     of_widths,
-    '![Time of an update over the training step](../figures/cost.png)',
+    '![Time of an update over the training step](../figures/cost.svg)',
   )
   report.write_pages(docs, {'cost': text})
-  plot(widths, docs / 'figures' / 'cost.png')
+  plot(widths, docs / 'figures' / 'cost.svg')
 
 
 def plot(widths: list[dict[str, Any]], path: Path) -> None:
-  figure, axes = report.plt.subplots(figsize=(6, 4), layout='constrained')
+  figure, axes = drawing.plt.subplots(figsize=(6, 4), layout='constrained')
   x = [r['width'] for r in widths]
   for name in widths[0]['ms']:
     if name != 'training step':
       y = [r['ms'][name] / r['ms']['training step'] for r in widths]
-      axes.plot(x, y, 'o-', label=name)
+      axes.plot(x, y, 'o-', color=drawing.COLOURS.get(name), label=name)
   axes.set(
     xscale='log',
     yscale='log',
@@ -306,5 +306,5 @@ def plot(widths: list[dict[str, Any]], path: Path) -> None:
     xticklabels=list(map(str, x)),
   )
   axes.minorticks_off()
-  axes.legend(frameon=False)
-  report.save(figure, path)
+  figure.legend(loc='outside right upper')
+  drawing.save(figure, path)

@@ -9,18 +9,15 @@ from pathlib import Path
 import statistics
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
-
-from benchmarks import runs
+from benchmarks import drawing, runs
 from benchmarks.contenders import CONTENDERS, VARIANTS
+from benchmarks.drawing import COLOURS, INK, plt
 from benchmarks.store import BadResults, Result, Results, Store, write_text
 from benchmarks.tasks import Task, TASKS
 
 TABLES = 'tables'
 SEEDS = 3  # fewer are reported as missing
+LANDING = 'llama-wikitext2'  # the task of the front page's figure
 LEADS = ('bsfa-gradients', 'bsfa-metric')  # refuted on one task, not missed on others
 
 
@@ -285,17 +282,6 @@ def label(task: Task) -> str:
 # Figures.
 
 
-def colour(contender: str) -> tuple[float, ...]:
-  return plt.colormaps['tab20'](list(CONTENDERS).index(contender))
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # Without the version of matplotlib the same results give the same bytes.
-  figure.savefig(path, dpi=110, metadata={'Software': None})
-  plt.close(figure)
-
-
 def plot_sweep(of: Study, path: Path) -> None:
   figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
   for contender in of.contenders:
@@ -306,7 +292,7 @@ def plot_sweep(of: Study, path: Path) -> None:
     ]
     if points:
       axes.plot(
-        *zip(*points, strict=True), 'o-', color=colour(contender), label=contender
+        *zip(*points, strict=True), 'o-', color=COLOURS[contender], label=contender
       )
   axes.set(
     xscale='log', xlabel='learning rate', ylabel=label(of.task), title=of.task.title
@@ -314,15 +300,14 @@ def plot_sweep(of: Study, path: Path) -> None:
   low, high = axes.get_ylim()
   if high > 4 * max(low, 0):  # the differences are at the bottom
     axes.set_yscale('log')
-  figure.legend(fontsize='small', loc='outside right upper')
-  save(figure, path)
+  figure.legend(loc='outside right upper')
+  drawing.save(figure, path)
 
 
-def plot_curves(of: Study, path: Path) -> None:
-  """Training loss at the best rate, mean over the seeds."""
-  figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
+def draw_curves(axes: plt.Axes, of: Study, contenders: list[str], timed: bool = False):
+  """Training loss at the best rate, mean over the seeds, over steps or AdamW's time."""
   ends, starts = [], []
-  for contender in of.contenders:
+  for contender in contenders:
     rate = of.best_rate(contender)
     if rate is None:
       continue
@@ -334,17 +319,39 @@ def plot_curves(of: Study, path: Path) -> None:
       statistics.fmean(losses)
       for losses in zip(*(curve['losses'] for curve in curves), strict=False)
     ]
-    every = curves[0]['every']
-    steps = [every * (i + 0.5) for i in range(len(mean))]
-    axes.plot(steps, mean, color=colour(contender), label=contender)
+    each = curves[0]['every'] * (of.step_time(contender) or 1 if timed else 1)
+    x = [each * (i + 0.5) for i in range(len(mean))]
+    axes.plot(x, mean, color=COLOURS[contender], label=contender)
     ends.append(mean[-1])
     starts.append(mean[len(mean) // 10])
   if ends and max(starts) > min(ends):  # the plunge at the start may leave the figure
     margin = 0.05 * (max(starts) - min(ends))
     axes.set_ylim(min(ends) - margin, max(starts) + margin)
-  axes.set(xlabel='step', ylabel='train loss', title=of.task.title)
-  figure.legend(fontsize='small', loc='outside right upper')
-  save(figure, path)
+  axes.set_xlabel("time, in AdamW's steps" if timed else 'step')
+
+
+def plot_curves(of: Study, path: Path) -> None:
+  figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
+  draw_curves(axes, of, of.contenders)
+  axes.set(ylabel='train loss', title=of.task.title)
+  figure.legend(loc='outside right upper')
+  drawing.save(figure, path)
+
+
+def plot_landing(of: Study, path: Path) -> None:
+  """The three that most people compare, over steps and, where measured, over time."""
+  shown = [name for name in ('adamw', 'muon', 'bsfa') if name in of.contenders]
+  timed = all(of.step_time(name) for name in shown)
+  figure, axes = plt.subplots(
+    1, 1 + timed, figsize=(6.5, 3.2), layout='constrained', sharey=True, squeeze=False
+  )
+  for one, over_time in zip(axes[0], (False, True), strict=False):
+    draw_curves(one, of, shown, over_time)
+  axes[0, 0].set_ylabel('train loss')
+  lines, labels = axes[0, 0].get_legend_handles_labels()
+  figure.legend(lines, labels, loc='outside right upper')
+  figure.suptitle(of.task.title, fontsize='medium')
+  drawing.save(figure, path)
 
 
 MARKS = {'=': '.', '<': 'v', '>': '^'}
@@ -355,7 +362,7 @@ def plot_speed_ups(studies: list[Study], path: Path) -> None:
   rate = lambda of: of.best_rate('adamw')
   measured = [of for of in studies if rate(of) and speed_ups(of, 'adamw', rate(of))]
   studies = measured or studies
-  columns = min(4, len(studies))
+  columns = min(3, len(studies))
   rows = math.ceil(len(studies) / columns)
   figure, axes = plt.subplots(
     rows, columns, figsize=(2.8 * columns + 1, 3.8 * rows), layout='constrained',
@@ -369,15 +376,15 @@ def plot_speed_ups(studies: list[Study], path: Path) -> None:
       values = speed_ups(of, name, of.best_rate(name))
       if values:
         mean = statistics.fmean(value.factor for value in values)
-        one.bar(position, mean, color=colour(name), alpha=0.6)
+        one.bar(position, mean, color=COLOURS[name], alpha=0.6)
       for value in values:
-        one.plot(position, value.factor, 'k' + MARKS[value.relation], markersize=4)
-    one.axhline(1, color='k', linewidth=0.8)
+        one.plot(position, value.factor, MARKS[value.relation], color=INK, markersize=4)
+    one.axhline(1, color=INK, linewidth=0.8)
     one.set_xticks(range(len(names)), names, rotation=90)
     one.set_title(of.name, fontsize='small')
   for one in axes[:, 0]:
     one.set_ylabel("AdamW's steps over steps")
-  save(figure, path)
+  drawing.save(figure, path)
 
 
 def plot_sensitivity(of: Study, path: Path) -> None:
@@ -402,19 +409,21 @@ def plot_sensitivity(of: Study, path: Path) -> None:
     points = sorted([*points, middle])
     named = [f'{value:g}' if value < math.inf else 'default' for value, _ in points]
     line = [loss for value, loss in points if value < math.inf]
-    one.plot(line, '.-', color='C0', label='bsfa')
-    one.plot(points.index(middle), middle[1], 'o', color='C0', ms=10, fillstyle='none')
-    for number, reference in enumerate(runs.REFERENCES, 1):
+    one.plot(line, '.-', color=COLOURS['bsfa'], label='bsfa')
+    ring = {'color': COLOURS['bsfa'], 'ms': 10, 'fillstyle': 'none'}
+    one.plot(points.index(middle), middle[1], 'o', **ring)
+    for reference in runs.REFERENCES:
       best = of.best_rate(reference)
       if best is not None:
         loss = of.scores(reference, best)[0]
-        one.axhline(loss, color=f'C{number}', linestyle='--', label=reference)
+        one.axhline(loss, color=COLOURS[reference], linestyle='--', label=reference)
     one.set_xlabel(option)
     one.set_xticks(range(len(named)), named)
   axes[0, 0].set_ylabel(label(of.task))
-  axes[0, -1].legend(fontsize='small')
+  lines, labels = axes[0, -1].get_legend_handles_labels()
+  figure.legend(lines, labels, loc='outside right upper')
   figure.suptitle(f'{of.task.title}, seed 0', fontsize='medium')
-  save(figure, path)
+  drawing.save(figure, path)
 
 
 # Pages.
@@ -477,7 +486,7 @@ def has_variants(of: Study) -> bool:
 
 def task_page(of: Study) -> str:
   parts = ['At the best learning rate of each:', tuned_table(of)]
-  parts.append(f'![Loss curves](../figures/curves-{of.name}.png)')
+  parts.append(f'![Loss curves](../figures/curves-{of.name}.svg)')
   if of.best_rate('adamw') is not None:
     parts += [
       "At **equal** learning rate, AdamW's best, which says little about contenders\n"
@@ -490,10 +499,10 @@ def task_page(of: Study) -> str:
     parts += [
       'BSFA with one option changed, at the rate that is best with the defaults\n'
       '(rings); dashed: the others at their best.',
-      f'![Sensitivity](../figures/sensitivity-{of.name}.png)',
+      f'![Sensitivity](../figures/sensitivity-{of.name}.svg)',
     ]
   parts += ['All learning rates, that of the tables above in bold:', sweep_table(of)]
-  parts.append(f'![Learning rates](../figures/sweep-{of.name}.png)')
+  parts.append(f'![Learning rates](../figures/sweep-{of.name}.svg)')
   return page(f'{of.name}: {of.task.title}, {of.task.steps} steps', *parts)
 
 
@@ -508,11 +517,13 @@ def gaps(studies: list[Study]) -> list[str]:
 
 def plot(studies: list[Study], figures: Path) -> None:
   for one in studies:
-    plot_sweep(one, figures / f'sweep-{one.name}.png')
-    plot_curves(one, figures / f'curves-{one.name}.png')
+    plot_sweep(one, figures / f'sweep-{one.name}.svg')
+    plot_curves(one, figures / f'curves-{one.name}.svg')
     if has_variants(one):
-      plot_sensitivity(one, figures / f'sensitivity-{one.name}.png')
-  plot_speed_ups(studies, figures / 'speed-ups.png')
+      plot_sensitivity(one, figures / f'sensitivity-{one.name}.svg')
+    if one.name == LANDING:
+      plot_landing(one, figures / 'landing.svg')
+  plot_speed_ups(studies, figures / 'speed-ups.svg')
 
 
 def load(store: Store) -> list[Study]:

@@ -19,10 +19,11 @@ from pathlib import Path
 import platform
 import statistics
 import tempfile
-import tomllib
 from typing import Any, NamedTuple
 
 import jax
+
+import bsfa_optax
 
 ROOT = Path(__file__).parents[1]
 RAW = ROOT / 'runs' / 'benchmarks'
@@ -58,8 +59,8 @@ class BadResults(Exception):
 
 def versions() -> dict[str, str]:
   """Versions of what has an influence on a result."""
-  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-  found = {'python': platform.python_version(), 'bsfa-optax': project['version']}
+  python = platform.python_version()
+  found = {'python': python, 'bsfa-optax': bsfa_optax.__version__}
   for name in ('jax', 'optax', 'flax', 'numpy', 'psgdax'):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # psgdax
       found[name] = importlib.metadata.version(name)

@@ -18,6 +18,8 @@ from bsfa_optax.filter import (
 from bsfa_optax.state import summary
 from bsfa_optax.whitening import muon_dimension_numbers, scale_by_whitening
 
+__version__ = '0.1.0'
+
 __all__ = [
   'FilterState',
   'accelerate',

@@ -53,6 +53,7 @@ class Family(NamedTuple):
       is only called with finite vectors, `count` of which came before.
     apply: ``apply(layout, vector, memory, count) -> (vector, measured)``.
     measured: the names of the measured numbers.
+    interval: updates between two refreshes of what ages, if anything does.
   """
 
   layout: Callable[[optax.Params], Layout]
@@ -60,6 +61,7 @@ class Family(NamedTuple):
   learn: Callable[..., Any]
   apply: Callable[..., tuple[Vector, dict[str, jax.Array]]]
   measured: tuple[str, ...]
+  interval: Interval | None = None
 
 
 def learned(family: Family) -> optax.GradientTransformationExtraArgs:
@@ -85,7 +87,7 @@ def learned(family: Family) -> optax.GradientTransformationExtraArgs:
     layout = family.layout(params)
     memory = family.init(layout, params)
     for observer in _leaves.observers[-1:]:
-      observer.append((layout, memory))
+      observer.append(_leaves.Observed(layout, memory, family.interval))
     zeros = lambda: jnp.zeros((max(layout.count, 1),), jnp.float32)  # Orbax: none empty
     return FilterState(
       filter_count=jnp.zeros((), jnp.int32),

@@ -362,8 +362,15 @@ def layout(
   return Layout(tuple(found), parts, _blocks(parts, label_of))
 
 
-# Lists of (layout, memory), to which `init` of a filter adds its own.
-observers: list[list[tuple[Layout, Any]]] = []
+class Observed(NamedTuple):
+  """What `init` of a filter tells."""
+
+  layout: Layout
+  memory: Any
+  interval: Any  # see `bsfa_optax._learned.Family`
+
+
+observers: list[list[Observed]] = []  # to the last of which `init` adds its own
 
 
 def _blocks(parts: tuple[Part, ...], label_of: dict[int, str]) -> tuple[Block, ...]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
 from jax import P
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, Sharding
 import numpy as np
 import optax
 
-from bsfa_optax import _check, _leaves
+from bsfa_optax import _check, _learned, _leaves
 
 # To be raised when the state's leaves change their meaning under the same names.
 VERSION = 1
@@ -28,6 +31,8 @@ class LeafSummary(NamedTuple):
     blocks: how many matrices it holds.
     memory: shapes of what is remembered of one matrix.
     memory_bytes: bytes of that, for the whole leaf.
+    operations: of a step in the products with these matrices, a fifth of a refresh
+      included.
   """
 
   name: str
@@ -37,6 +42,7 @@ class LeafSummary(NamedTuple):
   blocks: int
   memory: tuple[tuple[int, ...], ...]
   memory_bytes: int
+  operations: int
 
 
 class Summary(NamedTuple):
@@ -46,14 +52,17 @@ class Summary(NamedTuple):
     leaves: a `LeafSummary` for each leaf, once for each filter.
     state_bytes: bytes of the whole state, that of other transformations included.
     parameters: number of parameters.
+    warnings: where the options are probably not what is wanted.
   """
 
   leaves: tuple[LeafSummary, ...]
   state_bytes: int
   parameters: int
+  warnings: tuple[str, ...]
 
   def __str__(self) -> str:
-    head = ('leaf', 'shape', 'filtered', 'memory', 'bytes')
+    head = ('leaf', 'shape', 'filtered', 'memory', 'bytes', 'share')
+    operations = sum(leaf.operations for leaf in self.leaves)
     times = lambda shape: ' x '.join(map(str, shape)) or '-'
     rows = [
       (
@@ -61,7 +70,8 @@ class Summary(NamedTuple):
         times(leaf.shape),
         'yes' if leaf.filtered else f'no: {leaf.why}',
         ', '.join(map(times, leaf.memory)) or '-',
-        f'{leaf.memory_bytes:,}' if leaf.filtered else '-',
+        f'{leaf.memory_bytes:,}' if leaf.memory else '-',
+        f'{leaf.operations / operations:.0%}' if leaf.operations else '-',
       )
       for leaf in self.leaves
     ]
@@ -69,6 +79,7 @@ class Summary(NamedTuple):
     lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
     each = self.state_bytes / max(self.parameters, 1)
     lines.append(f'state: {self.state_bytes:,} bytes, {each:.1f} a parameter')
+    lines += [f'warning: {warning}' for warning in self.warnings]
     return '\n'.join(lines)
 
 
@@ -90,17 +101,17 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
     ...   'layers': [{'kernel': jnp.ones((8, 8)), 'bias': jnp.ones(8)}],
     ... }
     >>> print(bsfa_optax.summary(bsfa_optax.bsfa_adamw(1e-3), params))
-    leaf             shape   filtered                 memory                bytes
-    embed/embedding  64 x 8  no: table of embeddings  -                     -
-    layers/0/bias    8       no: vector               -                     -
-    layers/0/kernel  8 x 8   yes                      1 x 8 x 9, 1 x 8 x 9  576
+    leaf             shape   filtered                 memory                bytes  share
+    embed/embedding  64 x 8  no: table of embeddings  -                     -      -
+    layers/0/bias    8       no: vector               -                     -      -
+    layers/0/kernel  8 x 8   yes                      1 x 8 x 9, 1 x 8 x 9  576    100%
     state: 5,264 bytes, 9.0 a parameter
   """
   state, found = _observed(tx, params)
   rows = []
-  for layout, memory in found:
+  for layout, memory, _ in found:
     held: dict[int, Any] = {}
-    per_part = isinstance(memory, tuple) and len(memory) == len(layout.parts)
+    per_part = type(memory) is tuple  # of `for_each_part`, and no named one
     for i, part in enumerate(layout.parts):
       arrays = jax.tree.leaves(memory[i]) if per_part else []
       for leaf in part.leaves:
@@ -118,11 +129,65 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
           count,
           tuple(x.shape[batch:] for x in arrays),
           sum(map(_bytes, arrays)) // len(part.leaves) if part else 0,
+          _operations(part, arrays) // len(part.leaves) if part else 0,
         )
       )
   parameters = sum(int(np.prod(np.shape(x))) for x in jax.tree.leaves(params))
   total = sum(map(_bytes, jax.tree.leaves(state)))
-  return Summary(tuple(rows), total, parameters)
+  warnings = [w for observed in found for w in _warnings(observed, rows)]
+  if not any(row.filtered for row in rows):
+    warnings.append(
+      'no leaf is filtered; say which are by leaves=lambda name, leaf: ...'
+    )
+  return Summary(tuple(rows), total, parameters, tuple(warnings))
+
+
+def _operations(part: _leaves.Part, arrays: list[Any]) -> int:
+  """Of the products with the square ones of a part's arrays; a fifth of a refresh.
+
+  A refresh takes a second moment and nine products for each of them.
+  """
+  squares = [x.shape for x in arrays if _is_square(x)]
+  applied = sum(2 * math.prod(part.shape) * shape[-2] for shape in squares)
+  roots = sum(9 * 2 * math.prod(shape[:-1]) * shape[-2] ** 2 for shape in squares)
+  return applied + (applied + roots) // 5
+
+
+def _is_square(x: Any) -> bool:
+  """Whether an array holds square matrices; the whitening's have a column more."""
+  return x.ndim > 1 and x.shape[-1] - x.shape[-2] in (0, 1)
+
+
+def _warnings(observed: _leaves.Observed, rows: list[LeafSummary]) -> Iterator[str]:
+  """Where the layout of a filter is probably not what is wanted."""
+  layout, memory, _ = observed
+  groups: dict[str, list[_leaves.Leaf]] = {}
+  for leaf in layout.leaves:
+    modules = leaf.name.split('/')[:-1]
+    for prefix in itertools.accumulate(modules, '{}/{}'.format):
+      groups.setdefault(prefix, []).append(leaf)
+  stacks: list[str] = []
+  for prefix, leaves in groups.items():
+    deep = [leaf for leaf in leaves if leaf.filtered and len(leaf.shape) == 3]
+    first = {leaf.shape[0] if len(leaf.shape) > 1 else 1 for leaf in leaves}
+    within = any(prefix.startswith(f'{stack}/') for stack in stacks)
+    named = any(leaf.batch_axes for leaf in leaves)
+    alike = len(leaves) > 1 and len(first) == 1 and first != {1}
+    if deep and alike and not named and not within:
+      stacks.append(prefix)
+      yield (
+        f'{prefix}: all leaves have {first.pop()} in front, as stacked layers have;'
+        ' if they are, name that axis in batch_axes'
+      )
+  if type(memory) is tuple:
+    for part, own in zip(layout.parts, memory, strict=True):
+      wide = sum(part.shape[axis] > 1 for axis in part.inner_axes)
+      if sum(map(_is_square, jax.tree.leaves(own))) < min(wide, 2):
+        leaf = part.leaves[0]
+        yield (
+          f'{leaf.name}: an axis of {leaf.shape} has no factor; raise max_size or'
+          ' max_ratio, or leave it out'
+        )
 
 
 def block_names(tx: optax.GradientTransformation, params: optax.Params) -> list[str]:
@@ -145,7 +210,77 @@ def block_names(tx: optax.GradientTransformation, params: optax.Params) -> list[
     ['dense/kernel']
   """
   _, found = _observed(tx, params)
-  return found[0][0].names if found else []
+  return found[0].layout.names if found else []
+
+
+def scalars(
+  tx: optax.GradientTransformation, params: optax.Params, prefix: str = 'bsfa'
+) -> Callable[[optax.OptState], dict[str, float]]:
+  """What there is to log of a filter's state: a function from it to named floats.
+
+  Args:
+    tx: as in `summary`.
+    params: as in `summary`.
+    prefix: what the names begin with.
+
+  Returns:
+    A function of ``tx``'s state. It gives for each block what the filter measured in
+    the last update, such as ``'bsfa/layers/0/kernel/effective_directions'``, and for
+    the filter ``'bsfa/updates'`` and ``'bsfa/skipped_updates'`` so far and, of the
+    whitening, ``'bsfa/age'``, the updates since its roots were computed. A second
+    filter in `tx` has names under ``'bsfa/1'``. It waits for the state to be computed:
+    call it where the loss is looked at.
+
+  Examples:
+    >>> import bsfa_optax, jax, jax.numpy as jnp
+    >>> params = {'dense': {'bias': jnp.ones(3), 'kernel': jnp.ones((2, 3))}}
+    >>> tx = bsfa_optax.bsfa_adamw(1e-3)
+    >>> log = bsfa_optax.state.scalars(tx, params)
+    >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    >>> for name, value in log(state).items():
+    ...   print(name, round(value, 2))
+    bsfa/updates 1.0
+    bsfa/skipped_updates 0.0
+    bsfa/age 0.0
+    bsfa/dense/kernel/effective_directions 1.0
+  """
+  abstract, found = _observed(tx, params)
+  shapes = lambda memory: [(x.shape, x.dtype) for x in jax.tree.leaves(memory)]
+  filters = []
+  for state in _filter_states(abstract):  # in the state's order, not that of `init`
+    own = next(x for x in found if shapes(x.memory) == shapes(state.memory))
+    found.remove(own)
+    filters.append(own)
+
+  def log(state: optax.OptState) -> dict[str, float]:
+    out: dict[str, float] = {}
+    states = [s._replace(memory=()) for s in _filter_states(state)]
+    for i, (one, own) in enumerate(zip(jax.device_get(states), filters, strict=True)):
+      start, count = f'{prefix}/{i}' if i else prefix, int(one.filter_count)
+      out[f'{start}/updates'] = count
+      out[f'{start}/skipped_updates'] = int(one.skipped_updates)
+      if own.interval is not None:
+        refreshes = (n for n in range(count, 0, -1) if _is_refresh(own.interval, n))
+        out[f'{start}/age'] = count - next(refreshes, 0)
+      for name, values in one.measured.items():
+        for block, value in zip(own.layout.names, values, strict=False):
+          out[f'{start}/{block}/{name}'] = value
+    return {name: float(value) for name, value in out.items()}
+
+  return log
+
+
+def _is_refresh(interval: _learned.Interval, number: int) -> bool:
+  """Whether the update of this number, from 1, is one with a refresh."""
+  return bool(_learned.is_due(jnp.int32(number - 1), interval))
+
+
+def _filter_states(state: optax.OptState) -> list[_learned.FilterState]:
+  """All in a state, wherever they are, with Flax's metadata taken off."""
+  is_leaf = lambda x: isinstance(x, _learned.FilterState)
+  return [
+    x for x in jax.tree.leaves(_leaves.unbox(state), is_leaf=is_leaf) if is_leaf(x)
+  ]
 
 
 def _observed(tx: optax.GradientTransformation, params: optax.Params) -> Any:

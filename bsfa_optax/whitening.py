@@ -217,7 +217,7 @@ def scale_by_whitening(
     return whitened, {'effective_directions': measured}
 
   return _learned.learned(
-    _learned.Family(layout_of, init, learn, apply, ('effective_directions',))
+    _learned.Family(layout_of, init, learn, apply, ('effective_directions',), interval)
   )
 
 

@@ -3,9 +3,8 @@
   python low_rank_llama.py
   python low_rank_llama.py --methods adamw sst lora --shares 0.06 --steps 600
 
-The layers are scanned and rematerialised. Every run is stored in the middle of a round
-and goes on from there. The last SST run is merged into a plain checkpoint, which is
-then fine-tuned with AdamW on another text.
+Layers are scanned and rematerialised. Runs are stored in the middle of a round and go
+on from there. The last SST run is merged and fine-tuned with AdamW on another text.
 """
 
 import argparse
@@ -165,7 +164,8 @@ def fine_tune(params, text, steps):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
   names = ['adamw', *REPARAMETRISED, *PROJECTED]
   parser.add_argument('--methods', nargs='+', choices=names, default=names)
   parser.add_argument('--shares', nargs='+', type=float, default=[0.06, 0.25])

@@ -1,19 +1,14 @@
 """Trains one model sharded over several processes, with checkpoints.
 
-Start one process for each host; on a cluster that JAX knows (Slurm, Cloud TPU, ...) no
-option is needed:
+One for each host of a cluster that JAX knows (Slurm, Cloud TPU, ...); or two on one
+machine, of two simulated devices each; the same commands go on with a stopped run:
 
   python multi_process.py --directory=/shared/run
-
-On one machine, two processes of two simulated devices each:
-
   python multi_process.py --directory=/tmp/run --simulate=2 --processes=2 --id=0 &
   python multi_process.py --directory=/tmp/run --simulate=2 --processes=2 --id=1
 
-A run that was stopped goes on from its last checkpoint when it is started again, with
-any number of processes. A checkpoint is whole once it has its checksums, which
-`sha256sum --check SHA256SUMS` reads too: without them it was not finished, and if they
-do not fit it is refused.
+A checkpoint is whole once it has its checksums, which `sha256sum --check SHA256SUMS`
+reads too: without them it was not finished, and if they do not fit it is refused.
 """
 
 import argparse
@@ -131,17 +126,16 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument(
-    '--directory', type=Path, required=True, help='for the checkpoints'
+  add, number = parser.add_argument, {'type': int, 'metavar': 'N'}
+  add(
+    '--directory', type=Path, required=True, metavar='DIR', help='for the checkpoints'
   )
-  parser.add_argument('--steps', type=int, default=20)
-  parser.add_argument('--save_every', type=int, default=5)
-  parser.add_argument('--simulate', type=int, help='CPU devices for each process')
-  parser.add_argument('--processes', type=int, help='if JAX cannot tell')
-  parser.add_argument(
-    '--id', type=int, help="this process's number, if JAX cannot tell"
-  )
-  parser.add_argument('--coordinator', default='localhost:12321', help='of process 0')
+  add('--steps', **number, default=20, help='to train (20)')
+  add('--save_every', **number, default=5, help='steps (5)')
+  add('--simulate', **number, help='CPU devices for each process')
+  add('--processes', **number, help='how many, if JAX cannot tell')
+  add('--id', **number, help="this process's number, if JAX cannot tell")
+  add('--coordinator', default='localhost:12321', metavar='HOST', help='of process 0')
   args = parser.parse_args()
 
   if args.simulate:

@@ -2,6 +2,7 @@
 
 import doctest
 import functools
+from importlib.util import find_spec
 import pathlib
 import re
 
@@ -31,6 +32,14 @@ NO_EXAMPLES = {
   'bsfa_optax.low_rank.Factors',
   'bsfa_optax.low_rank.FrozenFactors',
 }
+SITE = 'https://bsfa-optax.readthedocs.io/en/latest/'
+REPOSITORY = 'https://github.com/bsfa-optax/bsfa_optax'
+FILES = (
+  f'{REPOSITORY}/blob/main/',
+  'https://raw.githubusercontent.com/bsfa-optax/bsfa_optax/main/',
+)
+LINK = re.compile(r'\]\((\S+?)\)|^\[.+?\]: (\S+)$', re.MULTILINE)
+HEAVY = ('wandb',)  # packages whose recipes run where they are installed
 PYTHON = re.compile(r'^```python\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
 
@@ -55,11 +64,11 @@ def documented(name):
   return name in LISTED or (short in ALIASES and short in LISTED)
 
 
-LISTED = set(
-  re.findall(
-    r'^\.\. auto\w+:: ([\w.]+)$', (ROOT / 'docs' / 'api.md').read_text(), re.MULTILINE
-  )
-)
+LISTED = {
+  name
+  for page in (ROOT / 'docs' / 'api').glob('*.md')
+  for name in re.findall(r'^\.\. auto\w+:: ([\w.]+)$', page.read_text(), re.MULTILINE)
+}
 
 
 def find(name):
@@ -80,12 +89,45 @@ def test_public_name_has_an_example(name):
   assert doctest.DocTestParser().get_examples(docstring)
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+# It takes longest, and Qwix uses what Flax has deprecated.
+RECIPES = [pytest.mark.slow, pytest.mark.filterwarnings('ignore::DeprecationWarning')]
+
+
+@pytest.mark.parametrize(
+  'page',
+  [pytest.param(p, marks=RECIPES if p.stem == 'recipes' else []) for p in PAGES],
+  ids=lambda page: page.name,
+)
+@pytest.mark.usefixtures('standard_promotion')  # as readers have it
 def test_code_of_page_runs(page, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   text = page.read_text()
   namespace = {'__name__': '__main__'}
   for block in PYTHON.finditer(text):
+    if any(f'import {name}\n' in block[1] and not find_spec(name) for name in HEAVY):
+      continue
     # Padded so that a traceback gives the line of the page.
     padding = '\n' * text.count('\n', 0, block.start(1))
     exec(compile(padding + block[1], str(page), 'exec'), namespace)
+
+
+def leads_somewhere(link, page):
+  """Whether the part of a link that this checkout answers for is there."""
+  address = link.partition('#')[0]
+  for start in FILES:
+    if address.startswith(start):
+      return (ROOT / address.removeprefix(start)).exists()
+  if address.startswith(SITE):
+    name = address.removeprefix(SITE).removesuffix('.html') or 'index'
+    return any((ROOT / 'docs').glob(f'{name}.*'))
+  if '://' in address:
+    return True
+  return page.name != 'README.md' and (page.parent / address).exists()
+
+
+# Those of the site are checked as it is built.
+@pytest.mark.parametrize('page', sorted(ROOT.glob('*.md')), ids=lambda page: page.name)
+def test_links_of_page_lead_somewhere(page):
+  """README's are absolute, as it is shown elsewhere too."""
+  links = [a or b for a, b in LINK.findall(page.read_text())]
+  assert [link for link in links if not leads_somewhere(link, page)] == []

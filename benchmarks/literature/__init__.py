@@ -1,7 +1,7 @@
 """Findings of the literature, reproduced; see `python -m benchmarks reproduce --help`.
 
 Each module has `run(data, seeds, store)`, which trains what has no result yet. From the
-results alone `plot(store, figures)` draws `figures / literature-NAME.png`, and
+results alone `plot(store, figures)` draws `figures / literature-NAME.svg`, and
 `table(store)` is the table of docs/tables/literature-NAME.md.
 """
 

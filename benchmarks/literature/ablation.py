@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import optax
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import drawing, report
 from benchmarks.literature import common
 from benchmarks.literature.speedup import rise, WARMUP
 from benchmarks.literature.subspaces import (
@@ -221,14 +221,14 @@ def plot(store: Store, figures: Path) -> None:
       panel.draw(name, hypers, study.gammas, measure, color=color, label=label)
       panel.cross(name, hypers, study.gammas, height, color)
   hypers = [{'gamma': gamma} for gamma in WHOLE]
-  final.draw('whole', hypers, WHOLE, last, color='k', label='the whole update')
-  final.cross('whole', hypers, WHOLE, 0.71, 'k')
+  final.draw('whole', hypers, WHOLE, last, color=drawing.INK, label='the whole update')
+  final.cross('whole', hypers, WHOLE, 0.71, drawing.INK)
   _label(*(panel.axes for panel in panels))
   figure.supxlabel(
     'lines: mean and range over seeds; crosses: diverged, in how many of the seeds',
     fontsize='small',
   )
-  report.save(figure, figures / 'literature-ablation.png')
+  drawing.save(figure, figures / 'literature-ablation.svg')
 
 
 def _label(unsteady: plt.Axes, fast: plt.Axes, final: plt.Axes) -> None:
@@ -253,8 +253,5 @@ def _label(unsteady: plt.Axes, fast: plt.Axes, final: plt.Axes) -> None:
   for axes in (fast, final):
     axes.set_xticks([1, 2, 4, 8, 16], ['1', '2', '4', '8', '16'], minor=False)
     axes.minorticks_off()
-  unsteady.legend(fontsize='small', loc='center right')
-  fast.legend(fontsize='small', loc='lower right')
-  bottom, top = final.get_ylim()
-  final.set_ylim(bottom - 0.35 * (top - bottom), top)  # for the legend
-  final.legend(fontsize='small', loc='lower left')
+  for axes in (unsteady, fast, final):
+    axes.legend(**drawing.BELOW)

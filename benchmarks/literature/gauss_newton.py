@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import report, tasks
+from benchmarks import drawing, tasks
+from benchmarks.drawing import INK
 from benchmarks.literature import overlap
 from benchmarks.literature.overlap import band, load, rounded, Setting
 from benchmarks.literature.subspaces import (
@@ -193,7 +194,7 @@ def run(
 
 # The table and the figure.
 
-COLOURS = {HESSIAN: 'k', MINI_BATCH: '0.55'} | {
+COLOURS = {HESSIAN: INK, MINI_BATCH: '#bbbbbb'} | {
   name: f'C{i}' for i, name in enumerate(watchers(None))
 }
 STYLES = {'gradients': '-', 'updates': '--'}
@@ -262,9 +263,9 @@ def plot(store: Store, figures: Path) -> None:
         ax.set_ylabel(f'share of energy of the\n{title}')
     column[-1].set_xlabel('step')
   for source, style in STYLES.items():
-    axes[0, 0].plot([], [], color='0.4', linestyle=style, label=f'learns from {source}')
+    axes[0, 0].plot([], [], color=INK, linestyle=style, label=f'learns from {source}')
   lines, labels = axes[0, 0].get_legend_handles_labels()
   figure.legend(
     lines, labels, loc='outside lower center', ncols=2, frameon=False, fontsize='small'
   )
-  report.save(figure, figures / f'literature-{NAME}.png')
+  drawing.save(figure, figures / f'literature-{NAME}.svg')

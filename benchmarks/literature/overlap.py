@@ -21,7 +21,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from benchmarks import report, tasks
+from benchmarks import drawing, report, tasks
+from benchmarks.drawing import INK
 from benchmarks.literature import common
 from benchmarks.literature.subspaces import (
   DECAYS,
@@ -423,7 +424,7 @@ def plot(store: Store, figures: Path) -> None:
     frameon=False,
     fontsize='small',
   )
-  report.save(figure, figures / f'literature-{NAME}.png')
+  drawing.save(figure, figures / f'literature-{NAME}.svg')
 
 
 def _plot_column(axes: Any, setting: Setting, found: list[dict]) -> None:
@@ -445,8 +446,8 @@ def _plot_column(axes: Any, setting: Setting, found: list[dict]) -> None:
       overlaps = [picked(found, source, form.format(v))[0] for v in values]
       band(ax, x, overlaps, color=COLOURS[source], label=_source_label(source))
     chances = [picked(found, source, form.format(v))[1] for v in values]
-    ax.plot(x, chances, 'k:', label='by chance')
-    ax.axhline(bound.mean(), color='0.4', linestyle='--', label='mini-batch Hessian')
+    ax.plot(x, chances, ':', color=INK, label='by chance')
+    ax.axhline(bound.mean(), color=INK, linestyle='--', label='mini-batch Hessian')
     ax.set_xticks(x, [f'{v:g}' for v in values])
     ax.set_xlabel(label)
   for i, name in enumerate(REST):
@@ -454,9 +455,9 @@ def _plot_column(axes: Any, setting: Setting, found: list[dict]) -> None:
       overlaps, chance = picked(found, source, name)
       place = i + 0.25 * (j - (len(setting.sources) - 1) / 2)
       others.bar(place, overlaps.mean(), 0.2, color=COLOURS[source], alpha=0.6)
-      others.plot([place] * len(overlaps), overlaps, 'k.', markersize=4)
-      others.plot([place - 0.11, place + 0.11], [chance] * 2, 'k:')
-  others.axhline(bound.mean(), color='0.4', linestyle='--')
+      others.plot([place] * len(overlaps), overlaps, '.', color=INK, markersize=4)
+      others.plot([place - 0.11, place + 0.11], [chance] * 2, ':', color=INK)
+  others.axhline(bound.mean(), color=INK, linestyle='--')
   others.set_xticks(range(len(REST)), REST)
   steps = [m['step'] for m in found[0]['measured']]
   for source in setting.sources:
@@ -464,9 +465,9 @@ def _plot_column(axes: Any, setting: Setting, found: list[dict]) -> None:
       overlaps = [picked(found, source, name, i)[0] for i in range(len(steps))]
       band(along, steps, overlaps, color=COLOURS[source], linestyle=style)
   overlaps = [picked(found, None, MINI_BATCH_HESSIAN, i)[0] for i in range(len(steps))]
-  band(along, steps, overlaps, color='0.4', linestyle='--')
+  band(along, steps, overlaps, color=INK, linestyle='--')
   for name, style in ALONG.items():
-    along.plot([], [], color='0.4', linestyle=style, label=f'along training: {name}')
+    along.plot([], [], color=INK, linestyle=style, label=f'along training: {name}')
   along.set(xscale='log', xlabel='step')
   along.set_xticks(steps, [str(step) for step in steps])
   along.minorticks_off()

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from benchmarks import report, search
+from benchmarks import drawing, report, search
+from benchmarks.drawing import INK
 from benchmarks.literature import common
 from benchmarks.literature.common import Hyper
 from benchmarks.literature.subspaces import (
@@ -318,17 +319,17 @@ def plot(store: Store, figures: Path) -> None:
     reached = [x for x in values.values() if x is not None]
     if reached:
       left.barh(position, np.mean(reached), color=color, alpha=0.6)
-      left.plot(reached, [position] * len(reached), 'k.', markersize=5)
+      left.plot(reached, [position] * len(reached), '.', color=INK, markersize=5)
     text = worth(values.values(), lambda reached: f'{np.mean(reached):.1f}')
     left.text(max(reached, default=0) + 0.1, position, text, va='center')
   left.set_yticks(range(len(ups)), [METHODS[name].title for name in ups])
   left.invert_yaxis()
   longest = max((x for values in ups.values() for x in values.values() if x), default=1)
   left.set_xlim(0, 1.25 * longest)
-  left.axvline(1, color='k', linewidth=0.8)
+  left.axvline(1, color=INK, linewidth=0.8)
   for color, title in KINDS.items():
     left.barh(0, 0, color=color, alpha=0.6, label=title)
-  left.legend(fontsize='small')
+  left.legend(**drawing.BELOW)
   left.set_xlabel(f"SGD's {STEPS} steps over steps to its loss; a dot is a seed")
   for name in CURVES:
     runs_ = [r for r in of.get(name, {}).values() if not r['diverged']]
@@ -344,5 +345,5 @@ def plot(store: Store, figures: Path) -> None:
     ylabel='loss on all 5,000 images (line: mean, shade: range of seeds)',
     ylim=(None, 0.1),
   )
-  right.legend(fontsize='small')
-  report.save(figure, figures / 'literature-speedup.png')
+  right.legend(**drawing.BELOW, ncols=2)
+  drawing.save(figure, figures / 'literature-speedup.svg')

@@ -111,7 +111,7 @@ def test_page_of_a_reproduction(store, folders, tmp_path):
   assert page.startswith('# ablation: table\n')
   assert '| 8 | 1 of 1 diverged |  |  |\n' in page
   assert '| 1 | 1.0000 |  |  |\n' in page
-  assert (tmp_path / 'figures' / 'literature-ablation.png').exists()
+  assert (tmp_path / 'figures' / 'literature-ablation.svg').exists()
 
 
 def test_speed_up_in_words():

@@ -90,7 +90,7 @@ def test_contender_without_runs_is_named(absent, study, docs, folders, store, ca
   assert headline[5] == '-'
   assert f'\n\nNo run of `{absent}` yet on `tiny`.\n' in readme
   assert not rows_of((docs / 'tables' / 'tiny.md').read_text(), absent)
-  assert (docs / 'figures' / 'speed-ups.png').exists()
+  assert (docs / 'figures' / 'speed-ups.svg').exists()
 
 
 def test_page_of_a_task_has_its_tables(study, docs, folders):
@@ -107,9 +107,9 @@ def test_page_of_a_task_has_its_tables(study, docs, folders):
   assert sweep[2][2] == 'diverged'
   assert rows_of(page, 'muon')[0][4] == '>1.00 ± 0.00x'
   assert rows_of(page, 'sgdm')[0][3:6] == ['<0.50 ± 0.00x', '-', '<1.00 ± 0.00x']
-  names = {'sweep-tiny.png', 'curves-tiny.png', 'speed-ups.png'}
+  names = {'sweep-tiny.svg', 'curves-tiny.svg', 'speed-ups.svg'}
   assert {path.name for path in (docs / 'figures').iterdir()} == names
-  linked = re.findall(r'\]\((.*?\.png)\)', page)
+  linked = re.findall(r'\]\((.*?\.svg)\)', page)
   assert linked
   assert all((docs / 'tables' / name).exists() for name in linked)
 
@@ -196,9 +196,9 @@ def test_sensitivity(tiny, store, docs, folders, save_result, capsys):
   assert of_ridge['filter'] == of_bsfa['filter'] | {'ridge': 0.1}
   assert changed['bsfa-refresh_every-5']['filter']['refresh_every'] == 5
   main(['report', *folders, '--docs', str(docs)])
-  assert (docs / 'figures' / 'sensitivity-tiny.png').exists()
+  assert (docs / 'figures' / 'sensitivity-tiny.svg').exists()
   page = (docs / 'tables' / 'tiny.md').read_text()
-  assert 'figures/sensitivity-tiny.png' in page
+  assert 'figures/sensitivity-tiny.svg' in page
 
 
 def test_worth_interpolates_in_log_steps():

@@ -12,6 +12,7 @@ SCRIPTS = sorted(FOLDER.glob('*.py'))
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.stem)
 def test_example_is_a_single_file(script):
   text = script.read_text()
+  assert f'python {script.name}' in ast.get_docstring(ast.parse(text))  # in --help
   assert len(text.splitlines()) <= 200
   imported = set()
   for node in ast.walk(ast.parse(text)):
