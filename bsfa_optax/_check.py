@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 LARGEST = float(np.finfo(np.float32).max)
 SMALLEST = float(np.finfo(np.float32).tiny)
@@ -121,8 +120,8 @@ def floating(name: str, value: Any) -> None:
 
 
 def transformation(name: str, value: Any) -> None:
-  """Raises unless `value` is an Optax transformation."""
-  if not isinstance(value, optax.GradientTransformation):
+  """Raises unless `value` has what an Optax transformation has."""
+  if not (callable(getattr(value, 'init', 0)) and callable(getattr(value, 'update', 0))):
     raise TypeError(
       f'{name} must be an optax.GradientTransformation, got {value!r}; call the'
       ' factory, as in optax.sgd(0.1).'
