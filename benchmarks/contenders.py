@@ -184,7 +184,7 @@ def _filtered(
     'filter': _defaults(bsfa_optax.bsfa) | of_filter,
     'estimator': {'name': estimator.__name__}
     | _defaults(estimator)
-    | estimator_options,
+    | {k: v for k, v in estimator_options.items() if v is not None},
   }
   return Contender(direction, learning_rate, settings)
 
@@ -237,7 +237,9 @@ CONTENDERS = {
   'bsfa-kronecker': _filtered(nadam, 2.26e-2, filter_options=_GRADED),
   'bsfa-adam': _filtered(adam, 2.26e-2, filter_options=_GRADED),
   'bsfa-two-level': _filtered(adam, 1.6e-2),
-  'bsfa-pca': _filtered(adam, 8e-3, bsfa_optax.pca),
+  'bsfa-pca': _filtered(
+    adam, 8e-3, bsfa_optax.pca, rank=16, history=8, storage_dtype=None
+  ),
   'bsfa-dct': _filtered(adam, 8e-3, bsfa_optax.dct),
   'bsfa-hessian': _filtered(
     adam, 4e-3, bsfa_optax.hessian_lanczos, labels='all', refresh_every=20

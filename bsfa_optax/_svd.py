@@ -23,33 +23,33 @@ POWER_ITERATIONS = 2
 
 
 class Rows(NamedTuple):
-  """The matrix A = mix @ rows of each block, (r, size of the block)."""
+  """The matrix A = diag(scales) @ rows of each block, (n, size of the block)."""
 
   layout: Layout
   stacks: tuple[Vector, ...]  # stood on top of each other: n rows in all
-  mix: jax.Array  # (blocks, r, n)
+  scales: jax.Array  # (blocks, n)
 
   def _contract(self, a: Vector, b: Vector) -> jax.Array:
-    return _vectors.inner(self.layout, a, b).astype(self.mix.dtype)
+    return _vectors.inner(self.layout, a, b).astype(self.scales.dtype)
 
   def gram(self) -> jax.Array:
-    """A A^T, (blocks, r, r)."""
+    """A A^T, (blocks, n, n)."""
     n = len(self.stacks)
     products: list[list[Any]] = [[None] * n for _ in range(n)]
     for i, j in itertools.combinations_with_replacement(range(n), 2):
       products[i][j] = self._contract(self.stacks[i], self.stacks[j])
       products[j][i] = jnp.matrix_transpose(products[i][j])
     inner = jnp.concatenate([jnp.concatenate(row, axis=2) for row in products], axis=1)
-    return self.mix @ inner @ jnp.matrix_transpose(self.mix)
+    return self.scales[:, :, None] * inner * self.scales[:, None]
 
   def dot(self, other: Vector) -> jax.Array:
-    """A B^T for a stack B of q rows, (blocks, r, q)."""
+    """A B^T for a stack B of q rows, (blocks, n, q)."""
     inner = [self._contract(a, other) for a in self.stacks]
-    return self.mix @ jnp.concatenate(inner, axis=1)
+    return self.scales[:, :, None] * jnp.concatenate(inner, axis=1)
 
   def combine(self, weights: jax.Array) -> Vector:
-    """W A for weights (blocks, q, r), as a stack of q rows."""
-    weights = weights @ self.mix
+    """W A for weights (blocks, q, n), as a stack of q rows."""
+    weights = weights * self.scales[:, None]
     parts, start = [], 0
     for stack in self.stacks:
       stop = start + stack[0].shape[0]
@@ -65,9 +65,13 @@ def gram_svd(a: Rows, rank: int) -> tuple[jax.Array, Vector]:
     Squared singular values (blocks, rank), descending, 0 where A has no further
     direction, and the singular vectors as a stack of `rank` rows.
   """
-  variance, left = _top(a.gram(), rank)
+  narrow = any(x.dtype != a.scales.dtype for stack in a.stacks for x in stack)
+  variance, left = _top(a.gram(), rank, 1e-4 if narrow else None)
   inverse = _masked_reciprocal(jnp.sqrt(variance))
-  return variance, orthonormalize(a.layout, a.combine(inverse[:, :, None] * left))
+  rows = a.combine(inverse[:, :, None] * left)
+  # Above that floor narrow rows are orthonormal to their own rounding, and a second
+  # pass would need a wide copy of them.
+  return variance, rows if narrow else orthonormalize(a.layout, rows)
 
 
 def randomized_svd(
@@ -87,10 +91,10 @@ def randomized_svd(
   Returns:
     As `gram_svd`.
   """
-  n = a.mix.shape[1]
+  n = a.scales.shape[1]
   size = min(rank + OVERSAMPLING, n)
-  sketch = jax.random.normal(key, (size, n), a.mix.dtype)
-  sketch = jnp.broadcast_to(sketch, (a.mix.shape[0], size, n))
+  sketch = jax.random.normal(key, (size, n), a.scales.dtype)
+  sketch = jnp.broadcast_to(sketch, (a.scales.shape[0], size, n))
   warm = jnp.matrix_transpose(a.dot(warm_start))  # V A^T, one power iteration ahead
   norm = jnp.linalg.norm(warm, axis=2, keepdims=True)
   warm = jnp.where(norm > 0, warm * _masked_reciprocal(norm), sketch[:, :rank])
@@ -127,13 +131,15 @@ def _orthonormal_range(
   return found, inverse @ jnp.matrix_transpose(a.dot(found)), inverse
 
 
-def _top(gram: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+def _top(
+  gram: jax.Array, rank: int, floor: float | None = None
+) -> tuple[jax.Array, jax.Array]:
   """The top eigenvalues (blocks, rank) and, as rows, the eigenvectors of each."""
   values, vectors = _linalg.eigh(gram)
   values, vectors = values[:, :rank], vectors[:, :rank]
   # What is below the rounding of the greatest is noise, not a direction.
-  floor = 32 * jnp.finfo(values.dtype).eps * values[:, :1]
-  values = jnp.where(values > floor, values, 0)
+  floor = floor or 32 * float(jnp.finfo(values.dtype).eps)
+  values = jnp.where(values > floor * values[:, :1], values, 0)
   return values, vectors
 
 
@@ -160,7 +166,7 @@ def orthonormalize(layout: Layout, rows: Vector) -> Vector:
   """Makes nearly orthonormal rows orthonormal to rounding; zero rows stay zero."""
   gram = _vectors.inner(layout, rows, rows)
   eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
-  absent = jnp.diagonal(gram, axis1=1, axis2=2)[:, :, None] == 0
+  absent = jnp.diagonal(gram, axis1=1, axis2=2)[:, :, None] < 0.5
   inverse = _linalg.inverse_cholesky(gram + jnp.where(absent, eye, 0))
   # Rows too far from orthonormal have no factor: better kept as they are.
   inverse = jnp.where(jnp.isfinite(inverse).all((1, 2), keepdims=True), inverse, eye)

@@ -8,6 +8,7 @@ local product and one all-reduce of a small matrix.
 
 from __future__ import annotations
 
+import functools
 import string
 from typing import Any, NamedTuple
 
@@ -126,9 +127,11 @@ def contract(a: jax.Array, b: jax.Array, batch_axes: tuple[int, ...]) -> jax.Arr
   batch = tuple(1 + axis for axis in batch_axes)
   inner = tuple(i for i in range(1, a.ndim) if i not in batch)
   spec = spec_of(a)
+  if a.dtype != b.dtype:
+    a, b = a.astype(dtype), b.astype(dtype)
   out = lax.dot_general(
-    a.astype(dtype),
-    b.astype(dtype),
+    a,
+    b,
     ((inner, inner), (batch, batch)),
     precision=lax.Precision.HIGHEST,
     preferred_element_type=dtype,
@@ -144,6 +147,13 @@ def combine(
   dtype = accumulator(rows.dtype)
   batch = tuple(1 + axis for axis in batch_axes)
   n = len(batch)
+  if rows.dtype != dtype:  # a sum is fused, where a product would copy the rows
+    weights = jnp.moveaxis(weights.astype(dtype), (-1, -2), (0, 1))
+    terms = [
+      expand(w, rows[:1], (0, *batch)) * row[None].astype(dtype)
+      for w, row in zip(weights, rows, strict=True)
+    ]
+    return functools.reduce(jnp.add, terms)
   spec = spec_of(rows)
   rest = [i for i in range(1, rows.ndim) if i not in batch]
   batch_spec = [spec[i] for i in batch]
@@ -159,6 +169,32 @@ def combine(
     out_sharding=sharding_of(rows, [*batch_spec, None, *(spec[i] for i in rest)]),
   )  # (*batch, q, *rest)
   return jnp.moveaxis(out, tuple(range(n)), batch) if n else out
+
+
+def contract_by_rows(
+  a: jax.Array, b: jax.Array, batch_axes: tuple[int, ...]
+) -> jax.Array:
+  """`contract` without copies of narrow stacks in the accumulator's dtype.
+
+  Only the compiler for CPUs makes them. It would also take a slice of a wide copy of
+  the stack, and that out of the loop: hence the bits and the barrier.
+  """
+  dtype = np.promote_types(accumulator(a.dtype), accumulator(b.dtype))
+
+  def row(x, i):
+    x, i = lax.optimization_barrier((x, i))
+    bits = lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
+    bits = lax.dynamic_index_in_dim(bits, i)
+    return lax.bitcast_convert_type(bits, x.dtype).astype(dtype)
+
+  def by_rows(a, b):
+    pair = lambda x, j: contract(x, row(b, j), batch_axes)[..., 0, 0]
+    line = lambda x: lax.map(lambda j: pair(x, j), jnp.arange(len(b)))
+    out = lax.map(lambda i: line(row(a, i)), jnp.arange(len(a)))
+    return jnp.moveaxis(out, (0, 1), (-2, -1))
+
+  whole = lambda a, b: contract(a, b, batch_axes)
+  return lax.platform_dependent(a, b, cpu=by_rows, default=whole)
 
 
 def row_norms(a: jax.Array, batch_axes: tuple[int, ...]) -> jax.Array:
@@ -266,9 +302,10 @@ def stack_norms(layout: Layout, stacks: Vector) -> jax.Array:
 
 def inner(layout: Layout, a: Vector, b: Vector) -> jax.Array:
   """A B^T for stacks of r and q rows, `(blocks, r, q)`."""
+  narrow = lambda x: x.dtype != accumulator(x.dtype)
   return layout.gather(
     [
-      contract(x, y, part.batch_axes)
+      (contract_by_rows if narrow(x) else contract)(x, y, part.batch_axes)
       for x, y, part in zip(a, b, layout.parts, strict=True)
     ],
     2,

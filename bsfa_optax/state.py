@@ -187,6 +187,38 @@ def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> int:
   return sum(map(_bytes, jax.tree.leaves(state)))
 
 
+def temporary_bytes(
+  tx: optax.GradientTransformation, params: optax.Params, **extra_args: Any
+) -> int:
+  """Bytes that an update needs beside the state while it runs, a refresh included.
+
+  Of a compiled update of the state in place, which takes as long as any compilation;
+  nothing is allocated. With `state_bytes` that is the peak of an optimizer's memory,
+  though in a jitted training step some of it shares the room of activations.
+
+  Args:
+    tx: any Optax transformation.
+    params: the parameters, or anything with their structure, shapes and dtypes.
+    **extra_args: those of ``tx.update``; functions are fine.
+
+  Returns:
+    The bytes, on each device where `params` have shardings.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from bsfa_optax.state import temporary_bytes
+    >>> params = {'kernel': jax.ShapeDtypeStruct((128, 128), jnp.float32)}
+    >>> temporary_bytes(optax.adam(1e-3), params) < 1000
+    True
+  """
+  update = lambda updates, state, params: tx.update(
+    updates, state, params, **extra_args
+  )
+  state = jax.eval_shape(tx.init, params)
+  program = jax.jit(update, donate_argnums=1).lower(params, state, params)
+  return program.compile().memory_analysis().temp_size_in_bytes
+
+
 def abstract_state(
   tx: optax.GradientTransformation, params: optax.Params, shardings: Any = None
 ) -> optax.OptState:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import bsfa_optax
-from bsfa_optax import dct, hessian_lanczos, kronecker, pca
+from bsfa_optax import dct, hessian_lanczos, kronecker
 from bsfa_optax.diagnostics import (
   curvature_energy,
   dominant_fraction,
@@ -47,6 +47,9 @@ __all__ = [
   'top_hessian',
   'unlearnt',
 ]
+
+# As the sources: rows as the parameters are.
+pca = functools.partial(bsfa_optax.pca, storage_dtype=None)
 
 WINDOWS = (8, 16, 32, 64)
 DECAYS = (0.9, 0.95, 0.99)

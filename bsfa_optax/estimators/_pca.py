@@ -24,6 +24,7 @@ class PCAState(NamedTuple):
     basis: orthonormal rows of each block, stacks (rank, *shape), in the storage
       dtype.
     history: the last updates, stacks (history, *shape), in the storage dtype.
+    squared_norms: of the updates in the history, float (blocks, history).
     variance: sum of squares of the history along each row of the basis, float
       (blocks, rank), descending; 0 where there is no direction.
     total_variance: sum of squares of the history, float (blocks,).
@@ -32,19 +33,20 @@ class PCAState(NamedTuple):
 
   basis: Any
   history: Any
+  squared_norms: jax.Array
   variance: jax.Array
   total_variance: jax.Array
   is_complete: jax.Array
 
 
 def pca(
-  rank: int = 16,
-  history: int = 8,
+  rank: int = 2,
+  history: int = 4,
   *,
   decay: float = 0.95,
   refresh_every: int | None = None,
   solver: Literal['auto', 'gram', 'randomized'] = 'auto',
-  storage_dtype: Any = None,
+  storage_dtype: Any = jnp.bfloat16,
   leaves: _leaves.Predicate = None,
   labels: _leaves.Labels = None,
   batch_axes: _leaves.Axes = None,
@@ -65,7 +67,13 @@ def pca(
   directions. With ``decay=0`` the history is a plain window of the last `history`
   updates: the paper's PPE, and with one block a leaf its BPPE.
 
-  Memory is ``rank + history`` rows of each block's size.
+  Memory is ``rank + history`` rows of each block's size, and a refresh needs room for
+  `rank` more: by default 12 bytes a parameter, and up to 4 more during a refresh. In
+  float32 a refresh needs twice what the basis takes, and the randomized solver more:
+  `bsfa_optax.state.temporary_bytes` tells.
+
+  With decay neither an update nor the past counts for more than updates of ten times
+  the median norm of the history would: one huge update does not drown all others.
 
   Args:
     rank: directions to keep in each block (k).
@@ -79,8 +87,8 @@ def pca(
       randomized range finder (8 more rows than `rank`, 2 power iterations, warm
       started from the last basis, orthonormalised by Cholesky QR); ``'auto'`` takes
       the one with fewer operations. Directions with singular values under about 2e-3
-      (float32; 1e-7 in float64) of the greatest count as absent.
-    storage_dtype: dtype of the stored rows; the parameters' own by default.
+      (float32; 1e-7 in float64, 1e-2 in bfloat16) of the greatest count as absent.
+    storage_dtype: dtype of the stored rows; None for the parameters' own.
     leaves: which leaves are filtered, as in `bsfa_optax.scale_by_whitening`; each is a
       block of its own.
     labels: instead of `leaves`, labels that group leaves into blocks: a tree like the
@@ -142,6 +150,7 @@ def pca(
     return PCAState(
       basis=_vectors.zeros(params, layout, rank, storage_dtype),
       history=_vectors.zeros(params, layout, history, storage_dtype),
+      squared_norms=jnp.zeros((count, history), dtype),
       variance=jnp.zeros((count, rank), dtype),
       total_variance=jnp.zeros((count,), dtype),
       is_complete=jnp.zeros((), bool),
@@ -154,7 +163,11 @@ def pca(
       jax.lax.dynamic_update_index_in_dim(rows, value.astype(rows.dtype), index, 0)
       for rows, value in zip(jax.tree.leaves(memory.history), vector, strict=True)
     ]
-    memory = memory._replace(history=_like(memory.history, written))
+    norms = _vectors.squared_norms(layout, vector).astype(memory.variance.dtype)
+    memory = memory._replace(
+      history=_like(memory.history, written),
+      squared_norms=memory.squared_norms.at[:, index].set(norms),
+    )
     due = is_due(count, refresh_every)
     if decay == 0:
       due &= count >= first_refresh - 1
@@ -194,15 +207,17 @@ def _refresh(
   first: int,
 ) -> PCAState:
   """The memory with new directions; it is complete from the update `first` on."""
-  a, rank = _rows_of(layout, memory, decay), memory.variance.shape[1]
-  history = jax.tree.leaves(memory.history)[0].shape[0]
+  past, weights = _weights(memory, decay)
+  a, rank = _rows_of(layout, memory, past, weights), memory.variance.shape[1]
   if solver == 'gram':
     variance, basis = _svd.gram_svd(a, rank)
   else:
     key = jax.random.fold_in(jax.random.key(0), count)
     variance, basis = _svd.randomized_svd(a, rank, jax.tree.leaves(memory.basis), key)
   # Directions dropped earlier still count in the total.
-  total = decay**history * memory.total_variance + _variance(layout, memory, decay)
+  total = (weights * memory.squared_norms).sum(1)
+  if past is not None:
+    total += past * memory.total_variance
   return memory._replace(
     basis=_like(memory.basis, basis),
     variance=variance,
@@ -222,38 +237,36 @@ def _decompose(layout: Layout, vector: Vector, memory: PCAState) -> Decompositio
   return from_rows(layout, vector, basis, variance / mean[:, None], rest, ready)
 
 
-def _weights(memory: PCAState, decay: float) -> jax.Array:
-  """Of the buffer's rows; in a full one row i has the age history - 1 - i."""
-  history = jax.tree.leaves(memory.history)[0].shape[0]
-  weights = [decay ** (history - 1 - i) if decay > 0 else 1.0 for i in range(history)]
-  return jnp.array(weights, memory.variance.dtype)
+def _weights(memory: PCAState, decay: float) -> tuple[Any, jax.Array]:
+  """Of the past (blocks,), or None, and of the buffer's rows (blocks, history).
 
-
-def _rows_of(layout: Layout, memory: PCAState, decay: float) -> _svd.Rows:
-  """The matrix A of the docstring."""
-  dtype, (count, rank) = memory.variance.dtype, memory.variance.shape
-  mix = jnp.diag(jnp.sqrt(_weights(memory, decay)))
-  history = mix.shape[0]
-  mix = jnp.broadcast_to(mix, (count, history, history))
-  samples = jax.tree.leaves(memory.history)
+  In a full buffer row i has the age history - 1 - i. With decay, neither a row nor the
+  past counts for more than updates of ten times the buffer's median norm: else all
+  others would be lost in the rounding of one huge update.
+  """
+  squares = memory.squared_norms
+  history = squares.shape[1]
   if decay == 0:
-    return _svd.Rows(layout, (samples,), mix)
-  scale = jnp.sqrt(decay**history * memory.variance)[:, :, None]
-  kept = scale * jnp.eye(rank, dtype=dtype)[None]
-  mix = jnp.concatenate(
-    [
-      jnp.pad(kept, ((0, 0), (0, 0), (0, history))),
-      jnp.pad(mix, ((0, 0), (0, 0), (rank, 0))),
-    ],
-    axis=1,
-  )
-  return _svd.Rows(layout, (jax.tree.leaves(memory.basis), samples), mix)
+    return None, jnp.ones_like(squares)
+  zeros = (squares <= 0).sum(1, keepdims=True)  # the median of the others, the lower
+  middle = (history - 1 + zeros) // 2
+  limit = 100 * jnp.take_along_axis(jnp.sort(squares), middle, 1)
+  weight = lambda x, limit: jnp.where((limit > 0) & (x > limit), limit / x, 1)
+  ages = np.arange(history)[::-1]
+  decays = jnp.array(decay**ages, squares.dtype)[None]
+  past = weight(memory.total_variance, limit[:, 0] / (1 - decay))
+  return decay**history * past, decays * weight(squares, limit)
 
 
-def _variance(layout: Layout, memory: PCAState, decay: float) -> jax.Array:
-  """Sum of squares of the buffer, (blocks,)."""
-  norms = _vectors.stack_norms(layout, jax.tree.leaves(memory.history))
-  return (norms.astype(memory.variance.dtype) * _weights(memory, decay)[None]).sum(1)
+def _rows_of(
+  layout: Layout, memory: PCAState, past: jax.Array | None, weights: jax.Array
+) -> _svd.Rows:
+  """The matrix A of the docstring."""
+  samples = jax.tree.leaves(memory.history)
+  if past is None:
+    return _svd.Rows(layout, (samples,), jnp.sqrt(weights))
+  scales = jnp.sqrt(jnp.concatenate([past[:, None] * memory.variance, weights], 1))
+  return _svd.Rows(layout, (jax.tree.leaves(memory.basis), samples), scales)
 
 
 def _like(tree: Any, vector: Vector) -> Any:

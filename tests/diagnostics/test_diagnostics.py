@@ -14,6 +14,8 @@ import scipy.linalg
 
 from bsfa_optax import bsfa, diagnostics, estimators, kronecker, pca
 
+pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
+
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 

@@ -18,6 +18,8 @@ from bsfa_optax import (
 )
 from bsfa_optax.estimators import _base
 
+pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
+
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 

@@ -11,6 +11,8 @@ import pytest
 from bsfa_optax import bsfa, kronecker, pca
 from bsfa_optax.estimators import _base
 
+pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
+
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bsfa_optax import _svd, bsfa, pca
+import bsfa_optax
+from bsfa_optax import _svd, bsfa
+from bsfa_optax.state import state_bytes, temporary_bytes
+
+pca = functools.partial(bsfa_optax.pca, storage_dtype=None)  # rows in full precision
 
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
@@ -219,6 +223,56 @@ def test_rows_are_kept_in_the_storage_dtype():
     assert stack.rows.dtype == jnp.bfloat16
   found = flat_basis(memory, 'w')
   np.testing.assert_allclose(found.T @ found, right[:2].T @ right[:2], atol=2e-2)
+
+
+def test_default_takes_at_most_16_bytes_a_parameter():
+  """State and what an update needs beside it, also where one leaf is the model."""
+  params = {'kernel': jax.ShapeDtypeStruct((256, 256), jnp.float32)}
+  tx = bsfa(estimator=bsfa_optax.pca())
+  total = state_bytes(tx, params) + temporary_bytes(tx, params)
+  assert total <= 16 * 256**2
+
+
+@pytest.mark.parametrize(
+  'solver', ['gram', pytest.param('randomized', marks=pytest.mark.slow)]
+)
+def test_narrow_rows_are_those_of_wide_ones(solver):
+  """To the rounding of the stored rows, of all estimates and of the update."""
+  rng = np.random.default_rng(8)
+  left = rng.normal(size=(8, 2, 1, 3)) * [4.0, 2.0, 1.0]
+  rows = (left @ orthonormal(rng, 3, 30)).reshape(8, 2, 5, 6)
+  outs = []
+  for dtype in (jnp.float32, jnp.bfloat16):
+    estimator = pca(
+      3,
+      4,
+      solver=solver,
+      storage_dtype=dtype,
+      leaves=lambda name, leaf: True,
+      batch_axes=0,
+    )
+    tx = bsfa(estimator=estimator)
+    state, update = tx.init(jnp.float32(rows[0])), jit(tx.update)
+    for u in jnp.float32(rows):
+      filtered, state = update(u, state)
+    outs.append((state.memory.variance / state.memory.variance.max(), filtered))
+  for a, b in zip(*outs, strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=0.04 * np.abs(a).max())
+
+
+@pytest.mark.parametrize('size', [1e4, 1e8])
+@pytest.mark.parametrize('step', [3, 21])
+def test_huge_update_does_not_drown_the_others(size, step):
+  rng = np.random.default_rng(7)
+  basis = orthonormal(rng, 4, 30)
+  rows = rng.normal(size=(36, 4)) @ basis
+  rows[step] *= size
+  updates = [{'w': jnp.float32(row.reshape(5, 6))} for row in rows]
+  memories = learn(pca(4, 4), updates)
+  for memory in memories[7::4]:  # from the refresh after the spike on
+    found = flat_basis(memory, 'w')
+    np.testing.assert_allclose(found.T @ found, basis.T @ basis, rtol=0, atol=1e-4)
+    assert memory.variance.max() < 1e3 * memory.variance.min()
 
 
 def test_randomized_solver_survives_tiny_updates():

@@ -15,6 +15,8 @@ from bsfa_optax import bsfa, dct, FilterState, kronecker, pca, scale_by_whitenin
 from bsfa_optax.estimators import _base, Decomposition, Estimator, layout
 from bsfa_optax.state import block_names, state_bytes
 
+pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
+
 # Compiling is most of the time, and the little there is to run needs no tuning.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 

@@ -14,6 +14,8 @@ import pytest
 from bsfa_optax import bsfa, bsfa_adamw, kronecker, pca, scale_by_whitening
 from bsfa_optax.state import state_shardings
 
+pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
+
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 
 WIDTH, LAYERS, STEPS = 8, 3, 9

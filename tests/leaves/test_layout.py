@@ -13,6 +13,8 @@ from bsfa_optax import bsfa, kronecker, pca, scale_by_whitening
 from bsfa_optax.estimators import layout
 from bsfa_optax.state import block_names
 
+pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
+
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 graded = functools.partial(bsfa, 0.2, 3.0, exponent=0.5)

@@ -1,5 +1,6 @@
 """What an update sends over the network, and what memory it takes."""
 
+import functools
 import re
 
 import jax
@@ -11,6 +12,8 @@ import pytest
 
 from bsfa_optax import bsfa, bsfa_adamw, dct, kronecker, pca, scale_by_whitening
 from bsfa_optax.state import abstract_state
+
+pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
 
 FAST = {'xla_backend_optimization_level': 0}
 MESHES = {'explicit': AxisType.Explicit, 'auto': AxisType.Auto}

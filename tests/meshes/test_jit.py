@@ -12,6 +12,8 @@ import pytest
 from bsfa_optax import bsfa, bsfa_adamw, dct, kronecker, pca, scale_by_whitening
 from bsfa_optax.state import state_shardings
 
+pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
+
 # Every axis of leaves with 1, 2 and 3 axes in turn, and two at once.
 SPECS = {
   'bias': P('fsdp'),

@@ -12,6 +12,8 @@ import pytest
 from bsfa_optax import bsfa, bsfa_adamw, dct, kronecker, pca, scale_by_whitening
 from bsfa_optax.state import state_shardings
 
+pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
+
 # Compiling is most of the time, and the little there is to run needs no tuning.
 FAST = {'xla_backend_optimization_level': 0}
 FAST_JIT = functools.partial(jax.jit, compiler_options=FAST)

@@ -1,5 +1,7 @@
 """Shardings of the state, whatever is around the filter."""
 
+import functools
+
 import jax
 from jax import P
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ import pytest
 
 from bsfa_optax import bsfa, bsfa_adamw, kronecker, pca, scale_by_whitening
 from bsfa_optax.state import abstract_state, state_shardings
+
+pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
 
 FAST = ('chain', 'explicit')
 MESHES = {'explicit': AxisType.Explicit, 'auto': AxisType.Auto}

@@ -32,7 +32,7 @@ else:
 
 
 def _small_pca(**kwargs):
-  return bsfa_optax.pca(rank=2, history=2, **kwargs)
+  return bsfa_optax.pca(rank=2, history=2, storage_dtype=None, **kwargs)
 
 
 def _joint_pca():

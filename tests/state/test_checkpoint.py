@@ -27,6 +27,8 @@ from bsfa_optax.state import (
   state_shardings,
 )
 
+pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
+
 STEPS = 5  # before the checkpoint, and after it
 FILTERS = {
   'whitening': scale_by_whitening(),
