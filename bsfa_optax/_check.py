@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
@@ -11,12 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+LARGEST = float(np.finfo(np.float32).max)
+SMALLEST = float(np.finfo(np.float32).tiny)
+
 
 def concrete(value: Any) -> float | None:
   """The Python float behind a scalar option; None if traced or a schedule."""
   if callable(value) or isinstance(value, jax.core.Tracer):
     return None
   return float(value)
+
+
+def number(name: str, value: Any) -> None:
+  """Raises unless `value` is one real number, or traced.
+
+  What a schedule returns is not looked at any closer: it may be traced.
+  """
+  if isinstance(value, (str, bytes)) or value is None or np.ndim(value) != 0:
+    shown = f'shape {np.shape(value)}' if np.ndim(value) else repr(value)
+    raise ValueError(f'{name} must be one number, got {shown} from its schedule.')
 
 
 def positive_int(name: str, value: Any) -> None:
@@ -45,6 +57,11 @@ def multiplier(name: str, value: Any) -> None:
   """Raises unless `value` is a finite scalar >= 0, traced, or a schedule."""
   if callable(value):
     return
+  if hasattr(value, '_fields') or isinstance(value, dict):
+    raise ValueError(
+      f'{name} must be a scalar or a schedule, got {type(value).__name__}; an estimator'
+      ' or a filter goes behind its own keyword.'
+    )
   if np.ndim(value) != 0:
     raise ValueError(
       f'{name} must be a scalar or a schedule, got an array of shape'
@@ -54,13 +71,13 @@ def multiplier(name: str, value: Any) -> None:
     if isinstance(value, (str, bytes)):
       raise TypeError
     number = concrete(value)
-    valid = number is None or (math.isfinite(number) and number >= 0)
+    valid = number is None or 0 <= number <= LARGEST
   except (TypeError, ValueError):
     valid = False
   if not valid:
     raise ValueError(
-      f'{name} must be finite and non-negative, got {value!r}; pass a number or a'
-      ' schedule that returns such numbers.'
+      f'{name} must be finite and non-negative, got {value!r}; pass a number of float32'
+      ' or a schedule that returns such numbers.'
     )
 
 
@@ -68,10 +85,10 @@ def positive_scalar(name: str, value: Any) -> None:
   """Raises unless `value` is a finite scalar > 0, traced, or a schedule."""
   multiplier(name, value)
   number = concrete(value)
-  if number is not None and not number > 0:
+  if number is not None and not number >= SMALLEST:
     raise ValueError(
-      f'{name} must be positive, got {value!r}; pass a number above 0 or a schedule'
-      ' that returns such numbers.'
+      f'{name} must be positive, got {value!r}; pass a number above 0 in float32 or a'
+      ' schedule that returns such numbers.'
     )
 
 
@@ -79,6 +96,12 @@ def boolean(name: str, value: Any) -> None:
   """Raises unless `value` is True or False."""
   if not isinstance(value, (bool, np.bool_)):
     raise TypeError(f'{name} must be True or False, got {value!r}.')
+
+
+def share(name: str, value: Any) -> None:
+  """Raises unless `value` is a number in [0, 1), or traced."""
+  if not isinstance(value, (jax.Array, np.ndarray)):  # injected hyperparameters
+    in_range(name, value, 0.0, 1.0)
 
 
 def positive(name: str, value: Any) -> None:
@@ -104,6 +127,58 @@ def transformation(name: str, value: Any) -> None:
       f'{name} must be an optax.GradientTransformation, got {value!r}; call the'
       ' factory, as in optax.sgd(0.1).'
     )
+
+
+def sharding(value: Any) -> None:
+  """Raises unless `value` is a sharding, a partition spec or None."""
+  if not (value is None or isinstance(value, (jax.sharding.Sharding, jax.P))):
+    raise TypeError(
+      'shardings must be of jax.sharding.Sharding, jax.P or None, got'
+      f' {value!r}; write jax.P({value!r}).'
+    )
+
+
+def names(name: str, value: Any) -> tuple[str, ...]:
+  """A name, several or None as a tuple; raises for anything else."""
+  if value is None:
+    return ()
+  found = (value,) if isinstance(value, str) else value
+  if not isinstance(found, (tuple, list)) or not all(isinstance(x, str) for x in found):
+    raise TypeError(
+      f'{name} must be a name of a mesh axis or a tuple of names, got {value!r}.'
+    )
+  return tuple(found)
+
+
+def like_updates(name: str, value: Any, updates: Any) -> None:
+  """Raises unless a tree has the structure and the shapes of the updates."""
+  given, wanted = shapes(value), shapes(updates)
+  if given != wanted:
+    where = sorted(n for n in given.keys() | wanted if given.get(n) != wanted.get(n))[0]
+    raise ValueError(
+      f'{name} must be a tree like the updates, got {given.get(where, "nothing")} for'
+      f' {where!r}, expected {wanted.get(where, "nothing")}; make it from the gradients.'
+    )
+
+
+def memory(given: Any, wanted: dict[str, Any]) -> None:
+  """Raises unless a filter's memory has these shapes by name."""
+  if (found := shapes(given)) != wanted:
+    where = sorted(n for n in found.keys() | wanted if found.get(n) != wanted.get(n))[0]
+    raise ValueError(
+      'state must be of the same transformation and of parameters like the updates, got'
+      f' {found.get(where, "nothing")} for memory/{where}, expected'
+      f' {wanted.get(where, "nothing")}; build the transformation as the state was'
+      ' made, or make a new state with init.'
+    )
+
+
+def shapes(tree: Any) -> dict[str, Any]:
+  """The shapes of a tree's leaves by their paths."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): jnp.shape(x)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def _is_number(value: Any) -> bool:

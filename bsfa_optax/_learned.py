@@ -71,6 +71,15 @@ def learned(family: Family) -> optax.GradientTransformationExtraArgs:
   # `cond` sees the same function every time, which is what saves an eager call from
   # compiling it again.
   learner = functools.lru_cache(lambda layout: functools.partial(family.learn, layout))
+  shapes: dict[Layout, Any] = {}  # of the memory
+
+  def check(layout, updates, memory):
+    if layout not in shapes:
+      like = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+      init = functools.partial(family.init, layout)
+      wanted = jax.eval_shape(init, jax.tree.map(like, updates))
+      shapes[layout] = _check.shapes(wanted)
+    _check.memory(memory, shapes[layout])
 
   def init(params):
     layout = family.layout(params)
@@ -88,6 +97,9 @@ def learned(family: Family) -> optax.GradientTransformationExtraArgs:
   def update(updates, state, params=None, *, history=None, **extra_args):
     _check.is_state('FilterState', FilterState, state)
     layout = family.layout(updates)
+    check(layout, updates, state.memory)
+    if history is not None:
+      _check.like_updates('history', history, updates)
     count = state.filter_count
     if not layout.parts:
       return updates, state._replace(filter_count=increment(count))
@@ -149,7 +161,7 @@ def is_due(count: jax.Array, interval: Interval, turn: float = 0.0) -> jax.Array
 
   With a `turn` in [0, 1) it comes that share of an interval earlier.
   """
-  every = interval(count) if callable(interval) else interval
+  every = value('refresh_every', interval, count)
   every = jnp.maximum(jnp.asarray(every).astype(jnp.int32), 1)
   earlier = (turn * every.astype(jnp.float32)).astype(jnp.int32)
   return (count % every + 1 + earlier) % every == 0
@@ -160,9 +172,13 @@ def growing(period: int) -> Callable[[jax.Array], jax.Array]:
   return lambda count: jnp.minimum(1 + count // period, 5)
 
 
-def value(option: Any, count: jax.Array) -> Any:
+def value(name: str, option: Any, count: jax.Array) -> Any:
   """An option that may be a schedule, at `count`."""
-  return option(count) if callable(option) else option
+  if not callable(option):
+    return option
+  now = option(count)
+  _check.number(name, now)
+  return now
 
 
 def all_finite(layout: Layout, vector: Vector) -> jax.Array:

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bsfa_optax import _check
+
 Predicate = Callable[[str, Any], bool] | None
 Labels = Any | Callable[[optax.Params], Any] | None
 Axes = Any | Callable[[optax.Params], Any] | None
@@ -140,7 +142,7 @@ class Layout:
 
   def select(self, tree: Any) -> Vector:
     """The vector of a tree like the parameters: an array for each part."""
-    leaves = jax.tree.leaves(tree)
+    leaves = [*map(jnp.asarray, jax.tree.leaves(tree))]  # may be Python numbers
     out = []
     for part in self.parts:
       values = [leaves[leaf.position] for leaf in part.leaves]
@@ -153,7 +155,7 @@ class Layout:
     for part, value in zip(self.parts, vector, strict=True):
       rows = unstack(value, len(part.leaves)) if part.stacked else [value]
       for leaf, row in zip(part.leaves, rows, strict=True):
-        old = leaves[leaf.position]
+        old = jnp.asarray(leaves[leaf.position])
         leaves[leaf.position] = like(row.astype(old.dtype), old)
     return jax.tree.unflatten(structure, leaves)
 
@@ -340,7 +342,7 @@ def layout(
   ]
   named = broadcast(axes, tree, is_axes, 'axes')
   chosen, label_of = _chosen(tree, names, arrays, batch, leaves, labels)
-  axis_names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+  axis_names = _check.names('axis_name', axis_name)
   found = []
   for i, (name, x) in enumerate(zip(names, arrays, strict=True)):
     filtered, why = chosen[i]
@@ -349,7 +351,7 @@ def layout(
     split = _split_axes(name, x, axis_names) if filtered else ()
     own = _factored(named[i], name, x, batch[i], split if stacked else ())
     found.append(
-      Leaf(name, i, np.shape(x), _dtype(x), batch[i], why, filtered, own, split)
+      Leaf(name, i, np.shape(x), _dtype(name, x), batch[i], why, filtered, own, split)
     )
 
   members: dict[Any, list[Leaf]] = {}
@@ -418,7 +420,17 @@ def _chosen(
       tuple(n for axis, n in enumerate(np.shape(x)) if axis not in own)
       for x, own in zip(arrays, batch, strict=True)
     ]
-    return default_rule(names, shapes), {}
+    found = default_rule(names, shapes)
+    whole = default_rule(names, [np.shape(x) for x in arrays])
+    if not any(yes for yes, _ in found) and any(yes for yes, _ in whole):
+      name = next(n for n, (yes, _) in zip(names, whole, strict=True) if yes)
+      at = names.index(name)
+      raise ValueError(
+        f'batch_axes must leave a matrix to filter, got {batch[at]} for {name!r} of'
+        f' shape {np.shape(arrays[at])}, and no other leaf has one; batch axes index'
+        ' layers or experts, and a single matrix needs none.'
+      )
+    return found, {}
   if not callable(leaves):
     raise TypeError(
       f'leaves must be a function of a name and a leaf, got {leaves!r}; for instance'
@@ -464,7 +476,7 @@ def _factored(
 
 
 def _check_real(name: str, x: Any) -> None:
-  dtype = _dtype(x)
+  dtype = _dtype(name, x)
   if not jnp.issubdtype(dtype, jnp.floating):
     remedy = (
       'wrap the transformation in optax.contrib.split_real_and_imaginary'
@@ -476,7 +488,12 @@ def _check_real(name: str, x: Any) -> None:
     )
 
 
-def _dtype(x: Any) -> Any:
+def _dtype(name: str, x: Any) -> Any:
+  if not (hasattr(x, 'dtype') or isinstance(x, (int, float, complex))):
+    raise TypeError(
+      f'parameters must be arrays or numbers, got {x!r} for {name!r}; leave it out of'
+      ' the tree, as with equinox.filter(model, equinox.is_inexact_array).'
+    )
   return x.dtype if hasattr(x, 'dtype') else jnp.result_type(x)
 
 

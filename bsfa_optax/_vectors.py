@@ -45,7 +45,7 @@ def zeros(params: Any, layout: Layout, rows: int, dtype: Any = None) -> Any:
     if not jax.tree.leaves(node) or not layout.leaves[next(position)].filtered:
       return optax.MaskedNode()
     boxed = jax.tree.map(
-      lambda p: jnp.broadcast_to(jnp.zeros_like(p, dtype), (rows, *p.shape)), node
+      lambda p: jnp.broadcast_to(jnp.zeros_like(p, dtype), (rows, *jnp.shape(p))), node
     )
     return Stack(_add_row_axis(boxed))
 

@@ -57,6 +57,9 @@ def bsfa(
   (1e14 in float32), passes through as it is, leaves no trace in what was learnt and is
   counted in `FilterState.skipped_updates`.
 
+  What a schedule or a traced option gives cannot be checked: the graded filter takes
+  gamma where alpha exceeds it, and other numbers are used as they are.
+
   All defaults are ours, found by measurement: the sources publish none.
 
   Args:
@@ -112,7 +115,8 @@ def bsfa(
   _base.check_estimator(chosen)
 
   def apply(layout, vector, memory, count):
-    options = [_learned.value(x, count) for x in (alpha, gamma, exponent)]
+    given = {'alpha': alpha, 'gamma': gamma, 'exponent': exponent}
+    options = [_learned.value(name, x, count) for name, x in given.items()]
     found = chosen.decompose(layout, vector, memory)
     filtered = _base.filtered(_multipliers(*options), layout, vector, found)
     if grafting:
@@ -183,6 +187,7 @@ def bsfa_adamw(
     An `optax.GradientTransformationExtraArgs`.
 
   Raises:
+    ValueError: for an option out of range, with its name, value and remedy.
     TypeError: if `filter` is no transformation.
 
   Examples:
@@ -284,6 +289,19 @@ def _descent(
   filter = scale_by_whitening() if filter is None else filter
   _check.transformation('filter', filter)
   _check.positive_scalar('step_length', step_length)
+  for name, x in {'b1': b1, 'b2': b2}.items():
+    _check.share(name, x)
+  for name, x in {'learning_rate': learning_rate, 'weight_decay': weight_decay}.items():
+    _check.multiplier(name, x)
+  for name, x in {'eps': eps, 'eps_root': eps_root}.items():
+    _check.multiplier(name, x)
+  _check.floating('mu_dtype', mu_dtype)
+  _check.boolean('nesterov', nesterov)
+  if isinstance(mask, (str, bytes, int, float)) and not isinstance(mask, bool):
+    raise TypeError(
+      f'mask must be a tree of booleans or a function to one, got {mask!r}; as in'
+      ' optax.adamw.'
+    )
   return optax.chain(
     direction,
     filter,

@@ -180,6 +180,7 @@ def projected(
     )
 
   def update(updates, state, params=None, **extra_args):
+    _check.is_state('ProjectedState', ProjectedState, state)
     plan = find(updates)
     count, old = state.projection_count, plan.values(state.projection_basis)
 
@@ -505,6 +506,7 @@ def galore(
     Zhao, Zhang, Chen, Wang, Anandkumar, Tian, `GaLore: Memory-Efficient LLM Training by
     Gradient Low-Rank Projection <https://arxiv.org/abs/2403.03507>`_, 2024
   """
+  _check.multiplier('learning_rate', learning_rate)
   return optax.chain(
     projected(
       _adam_without_correction(b1, b2, eps),
@@ -594,6 +596,7 @@ def frugal(
     Reducing State Overhead for Scalable Training
     <https://arxiv.org/abs/2411.07837>`_, 2024
   """
+  _check.multiplier('learning_rate', learning_rate)
   frugally = {'subspace': 'columns', 'residual': 'sign', 'carry': 'reset'}
   return optax.chain(
     projected(optax.scale_by_adam(b1, b2, eps), rank, **{**frugally, **options}),
@@ -635,6 +638,7 @@ def dct_adamw(
     Subspace Selection for Low-Rank Adaptive Optimization of Large Language Models
     <https://arxiv.org/abs/2505.17967>`_, 2025
   """
+  _check.multiplier('learning_rate', learning_rate)
   by_cosines: dict[str, Any] = {'subspace': 'dct', 'residual': None, 'carry': 'rotate'}
   by_cosines |= {'refresh_every': 1, 'weight_decay': 0.0}
   return frugal(learning_rate, rank, **{**by_cosines, **options})

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, Sharding
 import numpy as np
 import optax
 
-from bsfa_optax import _leaves
+from bsfa_optax import _check, _leaves
 
 # To be raised when the state's leaves change their meaning under the same names.
 VERSION = 1
@@ -150,6 +150,7 @@ def block_names(tx: optax.GradientTransformation, params: optax.Params) -> list[
 
 def _observed(tx: optax.GradientTransformation, params: optax.Params) -> Any:
   """The abstract state, and layout and memory of each filter in `tx`."""
+  _check.transformation('tx', tx)
   found: list[Any] = []
   _leaves.observers.append(found)
   try:
@@ -183,6 +184,7 @@ def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> int:
     >>> state_bytes(optax.adam(1e-3), params)  # two moments, one count
     131076
   """
+  _check.transformation('tx', tx)
   state = jax.eval_shape(tx.init, params)
   return sum(map(_bytes, jax.tree.leaves(state)))
 
@@ -211,6 +213,7 @@ def temporary_bytes(
     >>> temporary_bytes(optax.adam(1e-3), params) < 1000
     True
   """
+  _check.transformation('tx', tx)
   update = lambda updates, state, params: tx.update(
     updates, state, params, **extra_args
   )
@@ -246,6 +249,7 @@ def abstract_state(
     >>> target.memory.basis['kernel'].rows
     ShapeDtypeStruct(shape=(2, 8, 4), dtype=float32, sharding=NamedSharding(...))
   """
+  _check.transformation('tx', tx)
   state = jax.eval_shape(tx.init, params)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -295,6 +299,7 @@ def state_shardings(
     ...     {'kernel': jnp.ones((8, 4), device=jax.NamedSharding(mesh, jax.P('fsdp')))}
     ...   )
   """
+  _check.transformation('tx', tx)
   leaves, structure = jax.tree.flatten(params)
   given = _leaf_shardings(leaves, params, shardings)
   kinds = {_kind(s) for s in given if s is not None}
@@ -311,6 +316,12 @@ def state_shardings(
     return jax.tree.map(lambda _: sharding, jax.eval_shape(tx.init, params))
 
   specs = [_spec(s) for s in given]
+  for x, spec in zip(leaves, specs, strict=True):
+    if len(spec) > len(x.shape):
+      raise ValueError(
+        f'shardings must not have more axes than the parameter, got {spec} for shape'
+        f' {x.shape}; leave the last ones out.'
+      )
   names = list(dict.fromkeys(name for spec in specs for name in _axis_names(spec)))
   # On explicit axes the trace itself follows shardings. Their size is not needed: with
   # 1, every shape divides.
@@ -339,14 +350,10 @@ def state_shardings(
 def _leaf_shardings(leaves: list[Any], params: Any, shardings: Any) -> list[Any]:
   if shardings is None:
     return [getattr(x, 'sharding', None) for x in leaves]
-  out: list[Any] = []
-  jax.tree.map(
-    lambda s, sub: out.extend([s] * len(jax.tree.leaves(sub))),
-    shardings,
-    params,
-    is_leaf=lambda x: x is None,
-  )
-  return out
+  given = _leaves.broadcast(shardings, params, lambda x: x is None, 'shardings')
+  for sharding in given:
+    _check.sharding(sharding)
+  return given
 
 
 def _kind(sharding: Any) -> type:
@@ -389,6 +396,11 @@ def state_format(state: optax.OptState) -> dict[str, Any]:
   leaves = {}
   for path, x in jax.tree_util.tree_leaves_with_path(state):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if not hasattr(x, 'dtype'):
+      raise TypeError(
+        f'state must be a tree of arrays, got {x!r} for {name!r}; give what tx.init or'
+        ' abstract_state returned.'
+      )
     leaves[name] = f'{np.dtype(x.dtype)}[{",".join(map(str, x.shape))}]'
   return {'version': VERSION, 'leaves': leaves}
 
@@ -418,10 +430,15 @@ def check_state_format(saved: dict[str, Any], state: optax.OptState) -> None:
       memory/basis/rows: saved float32[2,3,5], expected float32[3,3,5]
       memory/variance: saved float32[1,2], expected float32[1,3]
   """
-  if saved['version'] != VERSION:
+  if not isinstance(saved, dict) or not isinstance(saved.get('leaves'), dict):
     raise ValueError(
-      f'the checkpoint has version {saved["version"]} of the state format, and this'
-      f' bsfa_optax reads version {VERSION}; restore it with the release that wrote it,'
+      f'saved must be the dictionary that state_format gave, got {saved!r:.80}; if the'
+      ' checkpoint has none, restore the parameters alone.'
+    )
+  if saved.get('version') != VERSION:
+    raise ValueError(
+      f'the checkpoint has version {saved.get("version")!r} of the state format, and'
+      f' this bsfa_optax reads version {VERSION}; restore it with the release that wrote it,'
       ' or restore the parameters alone and initialise the optimizer anew.'
     )
   old, new = saved['leaves'], state_format(state)['leaves']

@@ -161,7 +161,7 @@ def scale_by_whitening(
 
   def learn(layout, vector, memory, count, params, **extra_args):
     del params, extra_args
-    e = _learned.value(ridge, count)
+    e = _learned.value('ridge', ridge, count)
     memory = list(memory)
     turns = _turns(layout, block_size)
     for turn, members in enumerate(turns):

@@ -40,6 +40,7 @@ def projector(estimator: Estimator, memory: Any) -> Projector:
     [[1. 0.]
      [0. 1.]]
   """
+  _base.check_estimator(estimator)
 
   def project(tree):
     layout = estimator.layout(tree)
@@ -91,6 +92,7 @@ def dominant_fraction(
     Song, Ahn, Yun, `Does SGD really happen in tiny subspaces?
     <https://arxiv.org/abs/2405.16002>`_, 2024
   """
+  _base.check_estimator(estimator)
   norms = [_vectors.squared_norm(x, ()) for x in jax.tree.leaves(gradients)]
   layout = estimator.layout(gradients)
   if not layout.count:
@@ -133,6 +135,7 @@ def spectrum(
     >>> print(diagnostics.spectrum(estimator, state.memory, jnp.zeros((2, 2))))
     [array([2., 2.], dtype=float32)]
   """
+  _base.check_estimator(estimator)
   layout = estimator.layout(updates)
   if not layout.count:
     return []
@@ -276,6 +279,11 @@ def as_stacks(params: Any, layout: Layout, stacks: Vector) -> Any:
 
 def orthonormal(basis: Any, layout: Layout) -> Vector:
   """The stacks of a basis, orthonormal to rounding, whatever they were stored in."""
+  if not isinstance(layout, Layout):
+    raise TypeError(
+      f'layout must be a Layout, got {type(layout).__name__}; give that of the'
+      ' basis, as of estimator.layout(params).'
+    )
   rows = [jnp.asarray(x) for x in jax.tree.leaves(basis)]
   if len(rows) != len(layout.parts):
     raise ValueError(

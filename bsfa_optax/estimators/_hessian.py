@@ -237,12 +237,12 @@ def _functions(
 ) -> list[Callable[..., Any]]:
   """The named extra arguments, each given those others that it has by name."""
   call = ', '.join(f'{name}={name}' for name in names)
-  missing = [name for name in names if extra_args.get(name) is None]
+  missing = [name for name in names if not callable(extra_args.get(name))]
   missing += ['params'] if params is None else []
   if missing:
     raise ValueError(
-      f'hessian_lanczos needs {" and ".join(missing)} in every update, got None; call'
-      f' tx.update(grads, state, params, {call}).'
+      f'hessian_lanczos needs {" and ".join(missing)} in every update, got'
+      f' {extra_args.get(missing[0])!r}; call tx.update(grads, state, params, {call}).'
     )
   masked = lambda x: isinstance(x, optax.MaskedNode)
   if any(map(masked, jax.tree.leaves(params, is_leaf=masked))):

@@ -503,6 +503,7 @@ def rewarmed(
     >>> [float(rate(step)) for step in (0, 19, 199, 200)]
     [0.05..., 1.0, 1.0, 0.05...]
   """
+  _check.multiplier('learning_rate', learning_rate)
   _check.positive_int('every', every)
   _check.positive_int('steps', steps)
   if steps > every:

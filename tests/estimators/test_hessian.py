@@ -483,25 +483,6 @@ def test_missing_arguments(curvature, params, extra, text):
   assert str(error.value).splitlines()[0] == text
 
 
-@pytest.mark.parametrize(
-  ('options', 'text'),
-  [
-    ({'rank': 0}, 'rank must be a positive integer, got 0'),
-    ({'refresh_every': 1.5}, 'refresh_every must be a positive integer, got 1.5'),
-    ({'iterations': 0}, 'iterations must be a positive integer, got 0'),
-    (
-      {'rank': 4, 'iterations': 4},
-      'iterations must exceed rank, got iterations=4 and rank=4; leave it out',
-    ),
-    ({'curvature': 'fisher'}, "must be 'hessian' or 'gauss_newton', got 'fisher'"),
-    ({'storage_dtype': jnp.int8}, 'storage_dtype must be a floating-point dtype'),
-  ],
-)
-def test_bad_option(options, text):
-  with pytest.raises(ValueError, match=re.escape(text)):
-    hessian_lanczos(**options)
-
-
 # On meshes.
 SPECS = {'a': P('fsdp', 'tensor'), 'b': P('fsdp', None, 'tensor'), 'c': P('tensor')}
 KINDS = {'explicit': AxisType.Explicit, 'auto': AxisType.Auto}

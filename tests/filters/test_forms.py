@@ -278,34 +278,3 @@ def test_grafting_does_not_blow_up_rounding(name):
   np.testing.assert_allclose(jnp.linalg.norm(filtered), desired, rtol=1e-4)
 
 
-# Errors
-
-
-@pytest.mark.parametrize(
-  ('call', 'error', 'match'),
-  [
-    (lambda: accelerate(optax.sgd, history=ADAM), TypeError, 'base_optimizer must be'),
-    (lambda: accelerate(ADAM, history='gradients'), TypeError, "'gradients'; call"),
-    (lambda: accelerate(ADAM, pca(), history=ADAM), TypeError, 'filter must be an'),
-    (lambda: accelerate(ADAM), TypeError, 'history'),
-    (lambda: interpolated(0.1, 0.0, 1.0), TypeError, 'base_optimizer must be'),
-    (lambda: interpolated(ADAM, -1.0, 1.0), ValueError, 'alpha must be .* got -1.0'),
-    (
-      lambda: interpolated(ADAM, 0.0, 1.0, estimator=pca),
-      TypeError,
-      'estimator must be',
-    ),
-    (
-      lambda: interpolated(ADAM, 0.0, 1.0, threshold=1.0),
-      ValueError,
-      r'threshold must be in \[0.0, 1.0\), got 1.0',
-    ),
-    (lambda: interpolated(ADAM, 0.0, 1.0, decay=2), ValueError, 'decay must be'),
-    (lambda: split_by_subspace(ADAM, ADAM, ADAM), TypeError, 'estimator must be'),
-    (lambda: split_by_subspace(small(), 1, ADAM), TypeError, 'dominant must be'),
-    (lambda: split_by_subspace(small(), ADAM, None), TypeError, 'bulk must be'),
-  ],
-)
-def test_errors_name_the_option_and_the_value(call, error, match):
-  with pytest.raises(error, match=match):
-    call()
