@@ -157,7 +157,8 @@ def like_updates(name: str, value: Any, updates: Any) -> None:
     where = sorted(n for n in given.keys() | wanted if given.get(n) != wanted.get(n))[0]
     raise ValueError(
       f'{name} must be a tree like the updates, got {given.get(where, "nothing")} for'
-      f' {where!r}, expected {wanted.get(where, "nothing")}; make it from the gradients.'
+      f' {where!r}, expected {wanted.get(where, "nothing")}; make it from the'
+      ' gradients.'
     )
 
 

@@ -289,12 +289,12 @@ def _descent(
   filter = scale_by_whitening() if filter is None else filter
   _check.transformation('filter', filter)
   _check.positive_scalar('step_length', step_length)
-  for name, x in {'b1': b1, 'b2': b2}.items():
-    _check.share(name, x)
-  for name, x in {'learning_rate': learning_rate, 'weight_decay': weight_decay}.items():
-    _check.multiplier(name, x)
-  for name, x in {'eps': eps, 'eps_root': eps_root}.items():
-    _check.multiplier(name, x)
+  _check.share('b1', b1)
+  _check.share('b2', b2)
+  _check.multiplier('learning_rate', learning_rate)
+  _check.multiplier('weight_decay', weight_decay)
+  _check.multiplier('eps', eps)
+  _check.multiplier('eps_root', eps_root)
   _check.floating('mu_dtype', mu_dtype)
   _check.boolean('nesterov', nesterov)
   if isinstance(mask, (str, bytes, int, float)) and not isinstance(mask, bool):

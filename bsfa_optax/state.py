@@ -219,7 +219,8 @@ def temporary_bytes(
   )
   state = jax.eval_shape(tx.init, params)
   program = jax.jit(update, donate_argnums=1).lower(params, state, params)
-  return program.compile().memory_analysis().temp_size_in_bytes
+  analysis: Any = program.compile().memory_analysis()
+  return analysis.temp_size_in_bytes
 
 
 def abstract_state(
@@ -438,8 +439,8 @@ def check_state_format(saved: dict[str, Any], state: optax.OptState) -> None:
   if saved.get('version') != VERSION:
     raise ValueError(
       f'the checkpoint has version {saved.get("version")!r} of the state format, and'
-      f' this bsfa_optax reads version {VERSION}; restore it with the release that wrote it,'
-      ' or restore the parameters alone and initialise the optimizer anew.'
+      f' this bsfa_optax reads version {VERSION}; restore it with the release that'
+      ' wrote it, or restore the parameters alone and initialise the optimizer anew.'
     )
   old, new = saved['leaves'], state_format(state)['leaves']
   differences = [
