@@ -210,6 +210,12 @@ def bsfa_adamw(
     Loshchilov and Hutter, `Decoupled Weight Decay Regularization
     <https://arxiv.org/abs/1711.05101>`_, 2019
   """
+  _check.share('b1', b1)
+  _check.share('b2', b2)
+  _check.multiplier('eps', eps)
+  _check.multiplier('eps_root', eps_root)
+  _check.floating('mu_dtype', mu_dtype)
+  _check.boolean('nesterov', nesterov)
   direction = optax.scale_by_adam(
     b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
   )
@@ -254,6 +260,7 @@ def bsfa_adafactor(
     An `optax.GradientTransformationExtraArgs`.
 
   Raises:
+    ValueError: for an option out of range, with its name, value and remedy.
     TypeError: if `filter` is no transformation.
 
   Examples:
@@ -268,6 +275,11 @@ def bsfa_adafactor(
     Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
     <https://arxiv.org/abs/1804.04235>`_, 2018
   """
+  _check.share('b1', b1)
+  _check.multiplier('decay_rate', decay_rate)
+  _check.positive_scalar('clipping_threshold', clipping_threshold)
+  _check.positive_int('min_dim_size_to_factor', min_dim_size_to_factor)
+  _check.floating('mu_dtype', mu_dtype)
   direction = optax.chain(
     optax.scale_by_factored_rms(
       decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor
@@ -290,14 +302,8 @@ def _descent(
   filter = scale_by_whitening() if filter is None else filter
   _check.transformation('filter', filter)
   _check.positive_scalar('step_length', step_length)
-  _check.share('b1', b1)
-  _check.share('b2', b2)
   _check.multiplier('learning_rate', learning_rate)
   _check.multiplier('weight_decay', weight_decay)
-  _check.multiplier('eps', eps)
-  _check.multiplier('eps_root', eps_root)
-  _check.floating('mu_dtype', mu_dtype)
-  _check.boolean('nesterov', nesterov)
   if isinstance(mask, (str, bytes, int, float)) and not isinstance(mask, bool):
     raise TypeError(
       f'mask must be a tree of booleans or a function to one, got {mask!r}; as in'

@@ -276,5 +276,3 @@ def test_grafting_does_not_blow_up_rounding(name):
   filtered, _ = jit(tx.update)(other, state)
   desired = jnp.linalg.norm(other)
   np.testing.assert_allclose(jnp.linalg.norm(filtered), desired, rtol=1e-4)
-
-
