@@ -141,7 +141,8 @@ def _multipliers(alpha: Any, gamma: Any, exponent: Any) -> _base.SpectralFunctio
     present = variance > 0
     power = jnp.asarray(exponent, variance.dtype)
     graded = jnp.where(present, variance, 1) ** -power
-    return jnp.where(present, jnp.clip(graded, a, g), g)
+    limit = jnp.where(power > 0, g, 1)  # of x^(-p) as x -> 0
+    return jnp.clip(jnp.where(present, graded, limit), a, g)
 
   return f
 
@@ -275,7 +276,7 @@ def bsfa_adafactor(
     <https://arxiv.org/abs/1804.04235>`_, 2018
   """
   _check.share('b1', b1)
-  _check.positive_scalar('decay_rate', decay_rate)
+  _check.multiplier('decay_rate', decay_rate)
   _check.positive_scalar('clipping_threshold', clipping_threshold)
   _check.positive_int('min_dim_size_to_factor', min_dim_size_to_factor)
   _check.floating('mu_dtype', mu_dtype)
