@@ -80,7 +80,14 @@ def test_public_name_has_an_example(name):
   assert doctest.DocTestParser().get_examples(docstring)
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+  'page',
+  [
+    pytest.param(p, marks=[] if p.name == 'README.md' else [pytest.mark.slow])
+    for p in PAGES
+  ],
+  ids=lambda page: page.name,
+)
 def test_code_of_page_runs(page, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   text = page.read_text()
