@@ -89,13 +89,16 @@ def test_public_name_has_an_example(name):
   assert doctest.DocTestParser().get_examples(docstring)
 
 
-# It takes longest, and Qwix uses what Flax has deprecated.
-RECIPES = [pytest.mark.slow, pytest.mark.filterwarnings('ignore::DeprecationWarning')]
+def marks(page):
+  if page.name == 'README.md':
+    return []
+  # Qwix, in the recipes, uses what Flax has deprecated.
+  return [pytest.mark.slow, pytest.mark.filterwarnings('ignore::DeprecationWarning')]
 
 
 @pytest.mark.parametrize(
   'page',
-  [pytest.param(p, marks=RECIPES if p.stem == 'recipes' else []) for p in PAGES],
+  [pytest.param(p, marks=marks(p)) for p in PAGES],
   ids=lambda page: page.name,
 )
 @pytest.mark.usefixtures('standard_promotion')  # as readers have it

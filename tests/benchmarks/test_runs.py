@@ -93,7 +93,14 @@ def test_changed_settings_are_noticed(tiny, folders, save_result, capsys):
 
 
 # Kron is of a package that is no dependency.
-@pytest.mark.parametrize('name', [n for n in contenders.CONTENDERS if n != 'kron'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[] if name in ('adamw', 'bsfa') else [pytest.mark.slow])
+    for name in contenders.CONTENDERS
+    if name != 'kron'
+  ],
+)
 def test_contender_lowers_the_loss(name, tiny):
   task = tasks.TASKS[tiny]
   trainer = runs.TaskTrainer(task, task.build(None), contenders.find(name))
@@ -102,6 +109,7 @@ def test_contender_lowers_the_loss(name, tiny):
   assert result['validation_loss'] < result['loss_curve']['losses'][0] / 2
 
 
+@pytest.mark.slow
 def test_filtered_contender_is_the_alias(tiny):
   """`bsfa` is bsfa_adamw as a user gets it, with the task's settings."""
   task = tasks.TASKS[tiny]._replace(clip=None)
@@ -203,6 +211,7 @@ def test_rates_are_ranked_by_mean_over_most_seeds(tiny):
   assert runs.best_rate(results, tasks.TASKS[tiny], 10) is None
 
 
+@pytest.mark.slow
 def test_tune_and_seeds(tiny, store, folders, capsys):
   options = ['--task', tiny, '--contender', 'adamw', 'sgdm', *folders]
   main(['seeds', *options])
@@ -234,6 +243,7 @@ def test_bsfa_is_also_trained_shorter(tiny, store, folders):
   assert {r['steps'] for r in store.load(tiny).values()} == {10, 20}
 
 
+@pytest.mark.slow
 def test_times_are_in_units_of_adamw_and_accumulate(tiny, store, folders):
   options = ['time', '--task', tiny, '--rounds', '2', '--steps-a-round', '3', *folders]
   main([*options, '--contender', 'sgdm'])

@@ -152,6 +152,7 @@ def test_dominant_size_is_the_trace_of_the_projector(estimator):
   np.testing.assert_allclose(found, sizes[''], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_sizes_are_by_name_where_leaves_alike_are_stacked():
   # The stack puts the two kernels of one shape side by side, before the third.
   rng = np.random.default_rng(0)

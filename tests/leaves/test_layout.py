@@ -74,11 +74,9 @@ def assert_close(actual, desired):
 
 
 BATCHED = {  # shape and batch axes
-  'first': ((3, 4, 5), 0),
-  'middle': ((4, 3, 5), (1,)),
-  'last': ((4, 5, 3), -1),
-  'two': ((2, 4, 3, 5), (2, 0)),
-  'none': ((4, 5), None),
+  'middle': ((4, 2, 5), 1),
+  'last': ((4, 5, 2), (-1,)),
+  'two': ((2, 4, 2, 5), (2, 0)),
   'no_axes': ((5, 4), ()),
 }
 
@@ -99,7 +97,7 @@ def slices(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', FILTERS)
+@pytest.mark.parametrize('name', [name for name in FILTERS if name != 'randomized'])
 def test_slices_along_batch_axes_are_blocks(name):
   updates = make_updates({k: shape for k, (shape, _) in BATCHED.items()})
   axes = {k: axes for k, (_, axes) in BATCHED.items()}
@@ -120,8 +118,9 @@ def test_slices_along_batch_axes_are_blocks(name):
     np.testing.assert_allclose(found[k], wanted[k], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(  # those that stack
-  'name', ['whitening', pytest.param('kronecker', marks=pytest.mark.slow)]
+  'name', ['whitening', 'kronecker']
 )
 def test_leaves_alike_are_filtered_as_each_alone(name):
   shapes = {f'{layer}_{i}': (4, 5) for layer in 'ab' for i in range(2)}
@@ -233,6 +232,7 @@ def test_leaves_see_name_and_leaf():
   assert seen == {'layers/0/b': (3,), 'layers/0/w': (2, 3), 'x': ()}
 
 
+@pytest.mark.slow
 def test_leaves_alike_are_one_part():
   layer = {'in': np.ones((2, 3), 'f4'), 'out': np.ones((3, 2), 'f4')}
   params = {'layers': [layer] * 12, 'top': {'in': np.ones((2, 3), 'f4')}}

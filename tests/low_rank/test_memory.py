@@ -4,8 +4,8 @@ python tests/low_rank/test_memory.py  # prints the table of docs/low_rank.md
 """
 
 import functools
+import importlib.util
 from pathlib import Path
-import subprocess
 import sys
 
 import jax
@@ -81,13 +81,19 @@ def test_merging_in_the_block_is_as_good_as_interception():
 
 
 @pytest.mark.slow
-def test_example(tmp_path):
-  command = [sys.executable, str(EXAMPLE), '--output', str(tmp_path)]
-  command += ['--methods', 'adamw', 'sst', '--shares', '0.06']
-  command += ['--steps', '6', '--round', '3']
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr
-  assert 'another text, exported and fine-tuned' in done.stdout
+@pytest.mark.usefixtures('standard_promotion')
+def test_example(tmp_path, monkeypatch, capsys):
+  spec = importlib.util.spec_from_file_location('low_rank_llama', EXAMPLE)
+  example = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(example)
+  small = {'LAYERS': 2, 'WIDTH': 32, 'HIDDEN': 48, 'CONTEXT': 16, 'ROWS': 2}
+  for name, size in small.items():
+    monkeypatch.setattr(example, name, size)
+  options = ['--output', str(tmp_path), '--methods', 'adamw', 'sst']
+  options += ['--shares', '0.06', '--steps', '6', '--round', '3']
+  monkeypatch.setattr(sys, 'argv', [str(EXAMPLE), *options])
+  example.main()
+  assert 'another text, exported and fine-tuned' in capsys.readouterr().out
   assert (tmp_path / 'loss_against_bytes.png').exists()
 
 

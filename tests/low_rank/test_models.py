@@ -50,13 +50,12 @@ class Model(nnx.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', METHODS)
-def test_nnx(name):
+def test_nnx():
   graph, params = nnx.split(Model(nnx.Rngs(0)), nnx.Param)
   trained, _ = same_gradient(
     lambda params: nnx.merge(graph, params)(X),
     params,
-    METHODS[name],
+    METHODS['sst'],
     leaves=lambda name, leaf: leaf.ndim == 2,
   )
   parts = jax.tree.leaves(
@@ -174,6 +173,7 @@ def test_an_optimizer_in_place_names_the_remedy():
     nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
+@pytest.mark.slow
 def test_projected_in_an_nnx_optimizer():
   model = Model(nnx.Rngs(0))
   optimizer = nnx.Optimizer(model, projected.galore(0.01, 2), wrt=nnx.Param)
