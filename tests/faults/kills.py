@@ -38,48 +38,57 @@ def trials(count: int, done: list[dict], cache: Path) -> Iterator[dict]:
 
 def one_run(example, folder, rng, seconds, size, most) -> dict:
   """Kills a run at most so often, then lets it end."""
-  tally, lost, why = {}, 0, ''
-  while True:
-    kind = rng.choices(
-      ['SIGKILL', 'SIGTERM', 'SIGINT twice', 'full disk'], [5, 2, 2, 1]
-    )
-    kind = kind[0] if sum(tally.values()) < most else None
+  tally, why = {}, ''
+  while not why:
+    kind = 'none'
+    if sum(tally.values()) < most:
+      kinds = ['SIGKILL', 'SIGTERM', 'SIGINT twice', 'full disk']
+      (kind,) = rng.choices(kinds, [5, 2, 2, 1])
     limit = rng.randrange(size // 2, size) if kind == 'full disk' else None
     process = tiny.start(example, folder, limit)
     try:
-      if kind is None or kind == 'full disk':
-        ended = process.wait(tiny.TIMEOUT)
-      else:
-        ended = process.wait(rng.uniform(0, seconds))
+      waits = kind in ('none', 'full disk')
+      ended = process.wait(tiny.TIMEOUT if waits else rng.uniform(0, seconds))
       if process.status == 0:
+        seconds = process.seconds
         break
-      if kind == 'SIGKILL':
-        process.send(signal.SIGKILL)
-      elif kind == 'SIGTERM':
-        process.send(signal.SIGTERM)
-      elif kind == 'SIGINT twice':
-        process.send(signal.SIGINT)
-        process.wait(rng.uniform(0, 0.1))
-        process.send(signal.SIGINT)
-      elif not ended:
-        lost, why = 1, 'it hangs'
-      if not process.wait(tiny.TIMEOUT):
-        lost, why = 1, f'{kind}: it hangs'
+      if not ended and not waits:
+        how = kill(process, kind, folder, rng)
+      elif kind == 'full disk' and 'File too large' in process.said():
+        how = kind
+      else:
+        how = ''
     finally:
       process.end()
-    said = process.said()
-    if kind is None or (kind == 'full disk' and 'File too large' not in ''.join(said)):
-      lost, why = 1, f'{kind}: status {process.status}, {said}'
-    if lost:
-      break
-    if kind:
-      stopped = process.status > 0 and kind != 'full disk'
-      name = f'{kind}, saved and stopped' if stopped else kind
-      tally[name] = tally.get(name, 0) + 1
+    if how:
+      tally[how] = tally.get(how, 0) + 1
+    else:
+      why = f'{kind}: status {process.status}, {process.said()}'
   return {
     'count': sum(tally.values()),
     'tally': tally,
-    'lost': lost,
+    'lost': int(bool(why)),
     'why': why,
-    'seconds': process.seconds if process.status == 0 else seconds,
+    'seconds': seconds,
   }
+
+
+def kill(process, kind: str, folder: Path, rng) -> str:
+  """What came of it; nothing if it hangs."""
+  if kind == 'SIGKILL':
+    process.send(signal.SIGKILL)
+  elif kind == 'SIGTERM':
+    process.send(signal.SIGTERM)
+  else:
+    process.send(signal.SIGINT)
+    process.wait(rng.uniform(0, 0.1))
+    process.send(signal.SIGINT)
+  if not process.wait(tiny.TIMEOUT):
+    return ''
+  if process.status >= 0:
+    return f'{kind}: stopped by itself'
+  started = any((folder / 'run').glob('*/*'))
+  writing = any((folder / 'run').glob('*/new'))
+  return (
+    f'{kind}: {"in mid-save" if writing else "at once" if started else "at its start"}'
+  )

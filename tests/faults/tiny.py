@@ -112,9 +112,9 @@ class Process:
       self.send(signal.SIGKILL)
     self.wait(TIMEOUT)
 
-  def said(self) -> list[str]:
-    """Its last line, if there is one."""
-    return self.log.read_text(errors='replace').strip().splitlines()[-1:]
+  def said(self) -> str:
+    """Its last line."""
+    return ''.join(self.log.read_text(errors='replace').strip().splitlines()[-1:])
 
 
 def status_of(main: Callable[[], None]) -> int:
