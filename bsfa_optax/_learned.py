@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from bsfa_optax import _check, _leaves, _vectors
-from bsfa_optax._leaves import Layout, Part, Vector
+from bsfa_optax._vectors import Layout, Vector
 
 Interval = int | Callable[[jax.Array], jax.Array]
 
@@ -43,12 +43,21 @@ class FilterState(NamedTuple):
   memory: Any
 
 
-class Family(NamedTuple):
-  """What a filter adds to the skeleton.
+def learned(
+  layout_of: Callable[[optax.Params], Layout],
+  init_memory: Callable[[Layout, optax.Params], Any],
+  learn: Callable[..., Any],
+  apply: Callable[..., tuple[Vector, dict[str, jax.Array]]],
+  *measured: str,
+  interval: Interval | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """The transformation that learns from each update and then filters it.
 
-  Attributes:
-    layout: ``layout(params) -> Layout``.
-    init: ``init(layout, params) -> memory``.
+  With the extra argument `history`, a tree like the updates, it learns from that.
+
+  Args:
+    layout_of: ``layout_of(params) -> Layout``.
+    init_memory: ``init_memory(layout, params) -> memory``.
     learn: ``learn(layout, vector, memory, count, params, **extra_args) -> memory``; it
       is only called with finite vectors, `count` of which came before.
     apply: ``apply(layout, vector, memory, count) -> (vector, measured)``.
@@ -56,99 +65,80 @@ class Family(NamedTuple):
     interval: updates between two refreshes of what ages, if anything does.
   """
 
-  layout: Callable[[optax.Params], Layout]
-  init: Callable[[Layout, optax.Params], Any]
-  learn: Callable[..., Any]
-  apply: Callable[..., tuple[Vector, dict[str, jax.Array]]]
-  measured: tuple[str, ...]
-  interval: Interval | None = None
-
-
-def learned(family: Family) -> optax.GradientTransformationExtraArgs:
-  """The transformation that learns from each update and then filters it.
-
-  With the extra argument `history`, a tree like the updates, it learns from that.
-  """
-
   # `cond` sees the same function every time, which is what saves an eager call from
   # compiling it again.
-  learner = functools.lru_cache(lambda layout: functools.partial(family.learn, layout))
+  learner_of = functools.lru_cache(lambda layout: functools.partial(learn, layout))
   shapes: dict[Layout, Any] = {}  # of the memory
 
   def check(layout, updates, memory):
     if layout not in shapes:
       like = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-      init = functools.partial(family.init, layout)
-      wanted = jax.eval_shape(init, jax.tree.map(like, updates))
-      shapes[layout] = _check.shapes(wanted)
+      init = functools.partial(init_memory, layout)
+      shapes[layout] = _check.shapes(jax.eval_shape(init, jax.tree.map(like, updates)))
     _check.memory(memory, shapes[layout])
 
   def init(params):
-    layout = family.layout(params)
-    memory = family.init(layout, params)
+    layout = layout_of(params)
+    memory = init_memory(layout, params)
     for observer in _leaves.observers[-1:]:
-      observer.append(_leaves.Observed(layout, memory, family.interval))
-    zeros = lambda: jnp.zeros((max(layout.count, 1),), jnp.float32)  # Orbax: none empty
+      observer.append(_leaves.Observed(layout, memory, interval))
     return FilterState(
       filter_count=jnp.zeros((), jnp.int32),
       skipped_updates=jnp.zeros((), jnp.int32),
-      measured={name: zeros() for name in family.measured},
+      measured={name: _vectors.block_zeros(layout) for name in measured},
       memory=memory,
     )
 
   def update(updates, state, params=None, *, history=None, **extra_args):
     _check.is_state('FilterState', FilterState, state)
-    layout = family.layout(updates)
+    layout = layout_of(updates)
     check(layout, updates, state.memory)
     if history is not None:
       _check.like_updates('history', history, updates)
-    count = state.filter_count
+    count, skipped = state.filter_count, state.skipped_updates
     if not layout.parts:
       return updates, state._replace(filter_count=increment(count))
     vector = layout.select(updates)
     shown = vector if history is None else layout.select(history)
-    finite = all_finite(layout, vector)
+    finite = _vectors.all_finite(layout, vector)
     if history is not None:
-      finite &= all_finite(layout, shown)
-    learn = learner(layout)
-    if extra_args:
-      learn = functools.partial(family.learn, layout, **extra_args)
-    memory = jax.lax.cond(finite, learn, _keep, shown, state.memory, count, params)
+      finite &= _vectors.all_finite(layout, shown)
+    learner = learner_of(layout)
+    if extra_args:  # a loss, for one: new in every call, so there is nothing to save
+      learner = functools.partial(learn, layout, **extra_args)
+    # Learnt from before it is filtered, so that the filter knows this update too.
+    memory = jax.lax.cond(finite, learner, keep, shown, state.memory, count, params)
     memory = _vectors.keep_replicated(memory)
-    filtered, measured = family.apply(layout, vector, memory, count)
-    filtered = [
-      jnp.where(finite, new, old.astype(new.dtype))
-      for new, old in zip(filtered, vector, strict=True)
-    ]
-    news = {
-      name: jnp.where(finite, measured[name].astype(old.dtype), old)
-      for name, old in state.measured.items()
-    }
+    filtered, numbers = apply(layout, vector, memory, count)
+    numbers = jax.tree.map(lambda x: x.astype(jnp.float32), numbers)
+    # What came of an update that is not finite is dropped, NaN and all: a state with a
+    # NaN would never get rid of it.
+    filtered, numbers, count, skipped = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old.astype(new.dtype)),
+      (filtered, numbers, increment(count), skipped),
+      (vector, state.measured, count, optax.safe_increment(skipped)),
+    )
+    numbers = _vectors.keep_replicated(numbers)
     return layout.replace(updates, filtered), FilterState(
-      filter_count=jnp.where(finite, increment(count), count),
-      skipped_updates=jnp.where(
-        finite, state.skipped_updates, optax.safe_increment(state.skipped_updates)
-      ),
-      measured=_vectors.keep_replicated(news),
-      memory=memory,
+      count, skipped, numbers, memory
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def for_each_part(layout: Layout, make: Callable[[Part], Any]) -> Any:
-  """A memory with an entry for each part.
+def for_each_part(layout: Layout, make: Callable[..., Any], *vectors: Any) -> Any:
+  """A memory with an entry for each part, as `Layout.map` gives them.
 
   Without parts it is a single leaf: `optax.tree.map_params` compares a state with that
   of a placeholder for parameters, where a leaf stands for a tree of any structure.
   """
-  if not layout.parts:
-    return jnp.zeros((), jnp.int32)
-  return tuple(map(make, layout.parts))
+  return tuple(layout.map(make, *vectors)) or jnp.zeros((), jnp.int32)
 
 
-def _keep(vector: Any, memory: Any, count: Any, params: Any) -> Any:
-  del vector, count, params
+def keep(vector: Any, memory: Any, *_: Any) -> Any:
+  """What `cond` calls where there is nothing to learn."""
+  # Of the module, as each new function would be compiled anew by an eager call.
+  del vector
   return memory
 
 
@@ -181,17 +171,3 @@ def value(name: str, option: Any, count: jax.Array) -> Any:
   now = option(count)
   _check.number(name, now)
   return now
-
-
-def all_finite(layout: Layout, vector: Vector) -> jax.Array:
-  """Whether a vector can be learnt from: finite, also when squared and summed, ()."""
-
-  def usable(x):  # False for NaN, and where sums of squares could overflow
-    largest = jnp.finfo(_vectors.accumulator(x.dtype)).max
-    limit = jnp.sqrt(largest / (1024 * max(x.size, 1)))
-    return (jnp.abs(x).astype(largest.dtype) < limit).all()
-
-  finite = jnp.stack([usable(x) for x in vector]).all()
-  # Shards must agree, as learning from an update takes all of them.
-  axes = _leaves.varying_axes(finite).union(*(p.split for p in layout.parts))
-  return jax.lax.pmin(finite.astype(jnp.int32), tuple(axes)) > 0 if axes else finite

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-import dataclasses
-import functools
-import itertools
+from itertools import product
 import math
 import re
 from typing import Any, NamedTuple
@@ -24,212 +22,22 @@ import numpy as np
 import optax
 
 from bsfa_optax import _check
+from bsfa_optax._vectors import Block, Layout, Leaf, Part, Stack, varying_axes
 
 Predicate = Callable[[str, Any], bool] | None
 Labels = Any | Callable[[optax.Params], Any] | None
 Axes = Any | Callable[[optax.Params], Any] | None
-Vector = list[jax.Array]  # an array for each part of a layout
 
 
-class Leaf(NamedTuple):
-  """A leaf of the parameters and what is known of it before any number is."""
+class Observed(NamedTuple):
+  """What `init` of a filter tells."""
 
-  name: str
-  position: int  # in jax.tree.leaves(params)
-  shape: tuple[int, ...]
-  dtype: Any
-  batch_axes: tuple[int, ...]  # ascending
-  why: str  # why it is filtered, or is not
-  filtered: bool
-  axes: tuple[int, ...] = ()  # those that may have a factor, ascending
-  split: tuple[str, ...] = ()  # the manual mesh axes (jax.shard_map) that split it
-
-  @property
-  def kind(self) -> tuple[Any, ...]:
-    """What leaves have in common that may be stacked."""
-    path = re.sub(r'\d+', '#', self.name)
-    return path, self.shape, self.batch_axes, self.axes, self.split
+  layout: Layout
+  memory: Any
+  interval: Any  # see `bsfa_optax._learned.learned`
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """One array of a vector: a leaf, or leaves alike behind a new first axis."""
-
-  leaves: tuple[Leaf, ...]
-  stacked: bool
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return (len(self.leaves),) * self.stacked + self.leaves[0].shape
-
-  @property
-  def batch_axes(self) -> tuple[int, ...]:
-    own = tuple(axis + self.stacked for axis in self.leaves[0].batch_axes)
-    return (0,) * self.stacked + own
-
-  @property
-  def batch_shape(self) -> tuple[int, ...]:
-    return tuple(self.shape[axis] for axis in self.batch_axes)
-
-  @property
-  def inner_axes(self) -> tuple[int, ...]:
-    """The axes within a block."""
-    return tuple(a for a in range(len(self.shape)) if a not in self.batch_axes)
-
-  @property
-  def axes(self) -> tuple[int, ...]:
-    """The axes that may have a factor."""
-    return tuple(axis + self.stacked for axis in self.leaves[0].axes)
-
-  @property
-  def split(self) -> tuple[str, ...]:
-    return self.leaves[0].split
-
-  @property
-  def names(self) -> list[str]:
-    """A name for each index of the batch axes."""
-    leaf = self.leaves[0]
-    if not leaf.batch_axes:
-      return [leaf.name for leaf in self.leaves]
-    inner = itertools.product(*(range(leaf.shape[a]) for a in leaf.batch_axes))
-    tails = ['[' + ','.join(map(str, index)) + ']' for index in inner]
-    return [leaf.name + tail for leaf in self.leaves for tail in tails]
-
-
-class Block(NamedTuple):
-  """Parts with one dominant subspace for each index of their batch axes."""
-
-  names: tuple[str, ...]  # of its rows
-  parts: tuple[int, ...]  # positions among `Layout.parts`
-  batch_shape: tuple[int, ...]
-  size: int  # entries in one block of the batch
-  rows: range  # where the blocks stand in a `(Layout.count, ...)` array
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """The parts and blocks of a tree of parameters; static.
-
-  Attributes:
-    leaves: all leaves of the parameters, filtered or not.
-    parts: the arrays of a vector.
-    blocks: which parts share a subspace.
-  """
-
-  leaves: tuple[Leaf, ...]
-  parts: tuple[Part, ...]
-  blocks: tuple[Block, ...]
-
-  @property
-  def count(self) -> int:
-    """Number of blocks, every batch index counted."""
-    return self.blocks[-1].rows.stop if self.blocks else 0
-
-  @property
-  def sizes(self) -> list[int]:
-    """Number of parameters in each of the `count` blocks."""
-    return [b.size for b in self.blocks for _ in range(math.prod(b.batch_shape))]
-
-  @property
-  def names(self) -> list[str]:
-    """A name for each of the `count` blocks."""
-    return [name for block in self.blocks for name in block.names]
-
-  def only(self, members: Sequence[int]) -> Layout:
-    """The layout of some parts alone, without blocks."""
-    parts = tuple(self.parts[i] for i in members)
-    return dataclasses.replace(self, parts=parts, blocks=())
-
-  def select(self, tree: Any) -> Vector:
-    """The vector of a tree like the parameters: an array for each part."""
-    leaves = [*map(jnp.asarray, jax.tree.leaves(tree))]  # may be Python numbers
-    out = []
-    for part in self.parts:
-      values = [leaves[leaf.position] for leaf in part.leaves]
-      out.append(stack(values) if part.stacked else values[0])
-    return out
-
-  def replace(self, tree: Any, vector: Sequence[Any]) -> Any:
-    """`tree` with its filtered leaves taken from a vector, in their own dtypes."""
-    leaves, structure = jax.tree.flatten(tree)
-    for part, value in zip(self.parts, vector, strict=True):
-      rows = unstack(value, len(part.leaves)) if part.stacked else [value]
-      for leaf, row in zip(part.leaves, rows, strict=True):
-        old = jnp.asarray(leaves[leaf.position])
-        leaves[leaf.position] = like(row.astype(old.dtype), old)
-    return jax.tree.unflatten(structure, leaves)
-
-  def gather(self, values: Sequence[jax.Array], trailing: int = 0) -> jax.Array:
-    """Sums `(*batch, ...)` values within each block into `(count, ...)`.
-
-    Args:
-      values: an array for each part, its batch axes first.
-      trailing: number of axes behind the batch axes.
-    """
-    dtype = functools.reduce(np.promote_types, [x.dtype for x in values])
-    values = self.sum_over_shards([x.astype(dtype) for x in values])
-    found = []
-    for block in self.blocks:
-      total = functools.reduce(jnp.add, [values[i] for i in block.parts])
-      found.append(total.reshape((-1, *total.shape[total.ndim - trailing :])))
-    return jnp.concatenate(found)
-
-  def scatter(self, values: jax.Array) -> Vector:
-    """Splits `(count, ...)` into a `(*batch, ...)` array for each part."""
-    out: list[Any] = [None] * len(self.parts)
-    for block in self.blocks:
-      own = values[block.rows.start : block.rows.stop]
-      own = own.reshape(block.batch_shape + values.shape[1:])
-      for i in block.parts:
-        out[i] = own
-    return out
-
-  def totals(self, values: Sequence[jax.Array]) -> Vector:
-    """For each part `(*batch,)` the sums of values `(*batch,)` within its blocks."""
-    out = self.sum_over_shards(values)
-    for block in self.blocks:
-      total = functools.reduce(jnp.add, [out[i] for i in block.parts])
-      for i in block.parts:
-        out[i] = total
-    return out
-
-  def sum_over_shards(self, values: Sequence[Any]) -> list[Any]:
-    """Sums the values of each part over the mesh axes of `jax.shard_map` that split it.
-
-    Args:
-      values: for each part an array or a tree of arrays.
-
-    Returns:
-      The sums. The parts split in the same way share one all-reduce.
-    """
-    out = list(values)
-    for axes in {part.split: None for part in self.parts if part.split}:
-      members = [i for i, part in enumerate(self.parts) if part.split == axes]
-      totals = jax.lax.psum([out[i] for i in members], axes)
-      for i, total in zip(members, totals, strict=True):
-        out[i] = total
-    return out
-
-
-def stack(values: Sequence[jax.Array]) -> jax.Array:
-  """Leaves alike behind a new first axis, sharded as the first of them."""
-  dtypes = {x.dtype for x in values}
-  if len(dtypes) > 1:  # NumPy has none for both halves
-    dtypes = {np.promote_types(x, np.float32) for x in dtypes}
-  dtype = functools.reduce(np.promote_types, dtypes)
-  return jnp.stack([like(x.astype(dtype), values[0]) for x in values])
-
-
-def unstack(value: jax.Array, count: int) -> list[jax.Array]:
-  return [jax.lax.index_in_dim(value, i, 0, keepdims=False) for i in range(count)]
-
-
-def like(x: jax.Array, other: Any) -> jax.Array:
-  """`x` with the sharding that `other` has on an explicit mesh."""
-  wanted = getattr(jax.typeof(other), 'sharding', None)
-  if wanted is None or wanted.mesh.empty or jax.typeof(x).sharding == wanted:
-    return x
-  return jax.sharding.reshard(x, wanted)
+observers: list[list[Observed]] = []  # to the last of which `init` adds its own
 
 
 # Which leaves.
@@ -256,18 +64,16 @@ def default_rule(
   it (the same path up to digits) is there twice, as it is of the layers' matrices.
   """
   paths = [re.sub(r'(/(raw_)?value)+$', '', name).lower() for name in names]
-  occurrences = Counter(re.sub(r'\d+', '#', path) for path in paths)
+  kinds = [re.sub(r'\d+', '#', path) for path in paths]
+  occurrences = Counter(kinds)
   known = set(paths)
   by_name = [_by_name(p, s, known) for p, s in zip(paths, shapes, strict=True)]
-  vocabulary = {
-    shape[0]
-    for shape, why in zip(shapes, by_name, strict=True)
-    if why == 'table of embeddings'
-  }
+  tables = zip(shapes, by_name, strict=True)
+  vocabulary = {shape[0] for shape, why in tables if why == 'table of embeddings'}
   found = []
-  for path, shape, why in zip(paths, shapes, by_name, strict=True):
-    once = occurrences[re.sub(r'\d+', '#', path)] == 1
-    if why is None and len(shape) == 2 and once and vocabulary & set(shape):
+  for kind, shape, why in zip(kinds, shapes, by_name, strict=True):
+    single = len(shape) == 2 and occurrences[kind] == 1
+    if why is None and single and vocabulary & set(shape):
       why = 'output layer (an axis as long as the vocabulary)'
     found.append((why is None, why or 'matrix'))
   return found
@@ -277,9 +83,11 @@ def _by_name(path: str, shape: tuple[int, ...], known: set[str]) -> str | None:
   """Why a leaf stays with the base optimizer, or None."""
   *modules, own = path.split('/')
   module = modules[-1] if modules else ''
-  wide = sorted((n for n in shape if n > 1), reverse=True)
+  wide = sorted((n for n in shape if n > 1), reverse=True)  # a matrix has two such
   if len(wide) < 2:
     return 'vector'
+  # A bias of an attention layer has two axes, heads and entries, and Haiku calls any
+  # bias b: the name of the leaf itself comes first.
   if _VECTORS.search(own) or (own == 'b' and path[:-1] + 'w' in known):
     return 'bias or scale'
   if any(map(_NORMS.search, (*modules, own))):
@@ -292,6 +100,7 @@ def _by_name(path: str, shape: tuple[int, ...], known: set[str]) -> str | None:
     return 'table of embeddings' if not _HEADS.search(table) else 'output layer'
   if any(map(_HEADS.search, (*modules[:1], module, own))):
     return 'output layer'
+  # A gate with as many entries as its input gates an MLP; with a few, it picks experts.
   lopsided = 4 * wide[1] < wide[0]
   if any(map(_ROUTERS.search, (module, own))) or (module == 'gate' and lopsided):
     return 'router'
@@ -334,50 +143,72 @@ def layout(
   flat = jax.tree_util.tree_leaves_with_path(tree)
   names = [jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in flat]
   arrays = [x for _, x in flat]
+  specs = broadcast(batch_axes, tree, is_axes, 'batch_axes')
   batch = [
-    _resolved(spec, name, x, 'batch_axes') or ()
-    for name, x, spec in zip(
-      names, arrays, broadcast(batch_axes, tree, is_axes, 'batch_axes'), strict=True
-    )
+    _resolved(*each, 'batch_axes') or ()
+    for each in zip(specs, names, arrays, strict=True)
   ]
-  named = broadcast(axes, tree, is_axes, 'axes')
-  chosen, label_of = _chosen(tree, names, arrays, batch, leaves, labels)
+  # Labels and predicates are two ways to choose: with labels, leaves go unasked.
+  label_of = broadcast(labels, tree, lambda x: x is None, 'labels')
+  if labels is None:
+    chosen = _chosen(names, arrays, batch, leaves)
+  else:
+    chosen = [_labelled(*each) for each in zip(names, label_of, strict=True)]
   axis_names = _check.names('axis_name', axis_name)
+  named = broadcast(axes, tree, is_axes, 'axes')
+  columns = zip(names, arrays, batch, named, chosen, strict=True)
   found = []
-  for i, (name, x) in enumerate(zip(names, arrays, strict=True)):
-    filtered, why = chosen[i]
+  for i, (name, x, indices, spec, (filtered, why)) in enumerate(columns):
     if filtered:
       _check_real(name, x)
     split = _split_axes(name, x, axis_names) if filtered else ()
-    own = _factored(named[i], name, x, batch[i], split if stacked else ())
-    found.append(
-      Leaf(name, i, np.shape(x), _dtype(name, x), batch[i], why, filtered, own, split)
-    )
+    # Only layouts that stack, those of filters with factors, are asked for axes.
+    own = _factored(spec, name, x, indices, split if stacked else ())
+    shape, dtype = np.shape(x), _dtype(name, x)
+    found.append(Leaf(name, i, shape, dtype, indices, why, filtered, own, split))
 
   members: dict[Any, list[Leaf]] = {}
   for leaf in found:
     if leaf.filtered:
-      members.setdefault(leaf.kind if stacked else leaf.position, []).append(leaf)
-  parts = tuple(Part(tuple(group), stacked) for group in members.values())
+      members.setdefault(_kind(leaf) if stacked else leaf.position, []).append(leaf)
+  parts = tuple(_part(tuple(group), stacked) for group in members.values())
   return Layout(tuple(found), parts, _blocks(parts, label_of))
 
 
-class Observed(NamedTuple):
-  """What `init` of a filter tells."""
-
-  layout: Layout
-  memory: Any
-  interval: Any  # see `bsfa_optax._learned.Family`
+def _kind(leaf: Leaf) -> tuple[Any, ...]:
+  """What leaves have in common that may be stacked."""
+  path = re.sub(r'\d+', '#', leaf.name)
+  return path, leaf.shape, leaf.batch_axes, leaf.axes, leaf.split
 
 
-observers: list[list[Observed]] = []  # to the last of which `init` adds its own
+def _part(leaves: tuple[Leaf, ...], stacked: bool) -> Part:
+  first, new = leaves[0], int(stacked)  # axes in front of the leaf's own
+  shape = (len(leaves),) * new + first.shape
+  batch_axes = (0,) * new + tuple(axis + new for axis in first.batch_axes)
+  inner_axes = tuple(axis for axis in range(len(shape)) if axis not in batch_axes)
+  own = [range(first.shape[axis]) for axis in first.batch_axes]
+  tails = ['[' + ','.join(map(str, i)) + ']' if i else '' for i in product(*own)]
+  shards = math.prod(map(jax.lax.axis_size, first.split))
+  return Part(
+    leaves,
+    stacked,
+    shape,
+    batch_axes,
+    batch_shape=tuple(shape[axis] for axis in batch_axes),
+    inner_axes=inner_axes,
+    size=math.prod(shape[axis] for axis in inner_axes) * shards,
+    axes=tuple(axis + new for axis in first.axes),
+    names=tuple(leaf.name + tail for leaf in leaves for tail in tails),
+    split=first.split,
+  )
 
 
-def _blocks(parts: tuple[Part, ...], label_of: dict[int, str]) -> tuple[Block, ...]:
+def _blocks(parts: tuple[Part, ...], label_of: list[str | None]) -> tuple[Block, ...]:
   groups: dict[Any, list[int]] = {}
   for i, part in enumerate(parts):
-    groups.setdefault(label_of.get(part.leaves[0].position, i), []).append(i)
-  blocks, start = [], 0
+    label = label_of[part.leaves[0].position]
+    groups.setdefault(i if label is None else label, []).append(i)
+  blocks: list[Block] = []
   for label, members in groups.items():
     shapes = {parts[i].batch_shape for i in members}
     if len(shapes) > 1:
@@ -386,42 +217,20 @@ def _blocks(parts: tuple[Part, ...], label_of: dict[int, str]) -> tuple[Block, .
         f' in block {label!r}; give them different labels or other batch_axes.'
       )
     first = parts[members[0]]
-    count = math.prod(first.batch_shape)
-    size = sum(
-      math.prod(parts[i].shape) * math.prod(map(jax.lax.axis_size, parts[i].split))
-      for i in members
-    )
     names = first.names
     if isinstance(label, str):
-      names = [label + name[len(first.leaves[0].name) :] for name in names]
-    rows = range(start, start + count)
-    per_block = size // max(count, 1)
-    blocks.append(
-      Block(tuple(names), tuple(members), first.batch_shape, per_block, rows)
-    )
-    start += count
+      names = tuple(label + name.removeprefix(first.leaves[0].name) for name in names)
+    start = blocks[-1].rows.stop if blocks else 0
+    rows = range(start, start + math.prod(first.batch_shape))
+    size = sum(parts[i].size for i in members)
+    blocks.append(Block(names, tuple(members), first.batch_shape, size, rows))
   return tuple(blocks)
 
 
 def _chosen(
-  tree: Any,
-  names: list[str],
-  arrays: list[Any],
-  batch: list[tuple[int, ...]],
-  leaves: Predicate,
-  labels: Labels,
-) -> tuple[list[tuple[bool, str]], dict[int, str]]:
-  """For each leaf whether it is filtered and why, and the labels of those joined."""
-  if labels is not None:
-    specs = broadcast(labels, tree, lambda x: x is None, 'labels')
-    for name, label in zip(names, specs, strict=True):
-      if label is not None and not isinstance(label, str):
-        raise TypeError(
-          f'labels must be strings, or None for leaves to leave alone, got {label!r}'
-          f' for {name!r}; a choice of leaves goes into leaves=lambda name, leaf: ....'
-        )
-    why = [(x is not None, 'labels' if x is not None else 'no label') for x in specs]
-    return why, {i: x for i, x in enumerate(specs) if x is not None}
+  names: list[str], arrays: list[Any], batch: list[tuple[int, ...]], leaves: Predicate
+) -> list[tuple[bool, str]]:
+  """For each leaf whether it is filtered, and why."""
   if leaves is None:
     shapes = [
       tuple(n for axis, n in enumerate(np.shape(x)) if axis not in own)
@@ -429,22 +238,30 @@ def _chosen(
     ]
     found = default_rule(names, shapes)
     whole = default_rule(names, [np.shape(x) for x in arrays])
-    if not any(yes for yes, _ in found) and any(yes for yes, _ in whole):
-      name = next(n for n, (yes, _) in zip(names, whole, strict=True) if yes)
-      at = names.index(name)
+    lost = [i for i, (filtered, _) in enumerate(whole) if filtered]
+    if lost and not any(filtered for filtered, _ in found):
       raise ValueError(
-        f'batch_axes must leave a matrix to filter, got {batch[at]} for {name!r} of'
-        f' shape {np.shape(arrays[at])}, and no other leaf has one; batch axes index'
-        ' layers or experts, and a single matrix needs none.'
+        f'batch_axes must leave a matrix to filter, got {batch[lost[0]]} for'
+        f' {names[lost[0]]!r} of shape {np.shape(arrays[lost[0]])}, and no other leaf'
+        ' has one; batch axes index layers or experts, and a single matrix needs none.'
       )
-    return found, {}
+    return found
   if not callable(leaves):
     raise TypeError(
       f'leaves must be a function of a name and a leaf, got {leaves!r}; for instance'
       " leaves=lambda name, leaf: name.endswith('kernel')."
     )
   verdicts = [bool(leaves(n, x)) for n, x in zip(names, arrays, strict=True)]
-  return [(v, 'leaves' if v else 'not in leaves') for v in verdicts], {}
+  return [(v, 'leaves' if v else 'not in leaves') for v in verdicts]
+
+
+def _labelled(name: str, label: Any) -> tuple[bool, str]:
+  if label is not None and not isinstance(label, str):
+    raise TypeError(
+      f'labels must be strings, or None for leaves to leave alone, got {label!r}'
+      f' for {name!r}; a choice of leaves goes into leaves=lambda name, leaf: ....'
+    )
+  return label is not None, 'no label' if label is None else 'labels'
 
 
 def _resolved(spec: Any, name: str, x: Any, option: str) -> tuple[int, ...] | None:
@@ -535,9 +352,10 @@ def broadcast(spec: Any, tree: Any, is_leaf: Callable, option: str) -> list[Any]
     return []
   if callable(spec):
     spec = spec(tree)
+  out: list[Any] = []
   try:
-    boxes = jax.tree.map(
-      lambda s, sub: jax.tree.map(lambda _: _Leaf(s), sub),
+    jax.tree.map(
+      lambda s, sub: out.extend([s] * len(jax.tree.leaves(sub))),
       spec,
       tree,
       is_leaf=is_leaf,
@@ -548,20 +366,38 @@ def broadcast(spec: Any, tree: Any, is_leaf: Callable, option: str) -> list[Any]
       f' of it), got {jax.tree.structure(spec, is_leaf=is_leaf)} for parameters'
       f' {jax.tree.structure(tree)}; pass a function of the parameters to build it.'
     ) from e
-  found = jax.tree.leaves(boxes, is_leaf=lambda x: isinstance(x, _Leaf))
-  return [x.value for x in found]
+  return out
 
 
-class _Leaf(NamedTuple):
-  value: Any
+def zeros(params: Any, layout: Layout, rows: int, dtype: Any = None) -> Any:
+  """A tree like `params` with a zero `Stack` for each leaf in a block.
+
+  Leaves in no block become `optax.MaskedNode`. Flax metadata is kept, with a
+  leading unsharded axis. For layouts whose parts are single leaves.
+  """
+  position = iter(range(len(layout.leaves)))
+
+  def make(node):
+    if not jax.tree.leaves(node) or not layout.leaves[next(position)].filtered:
+      return optax.MaskedNode()
+    boxed = jax.tree.map(
+      lambda p: jnp.broadcast_to(jnp.zeros_like(p, dtype), (rows, *jnp.shape(p))), node
+    )
+    return Stack(_add_row_axis(boxed))
+
+  return jax.tree.map(make, params, is_leaf=is_box)
 
 
-def varying_axes(x: jax.Array) -> frozenset[str]:
-  """The manual mesh axes along which `x` differs; none with ``check_vma=False``."""
-  kind = jax.typeof(x)
-  if hasattr(kind, 'manual_axis_type'):
-    return kind.manual_axis_type.varying
-  return getattr(kind, 'vma', frozenset())
+def _add_row_axis(node: Any) -> Any:
+  """Tells Flax metadata around a stack that its first axis is unsharded."""
+  if not is_box(node):
+    return node
+  if hasattr(node, 'get_metadata'):  # nnx.Variable; it changes in place
+    from flax import nnx  # a Variable exists, so Flax is there
+
+    nnx.spmd.add_axis(node, 0, {nnx.PARTITION_NAME: None})
+    return node
+  return node.add_axis(0, {'partition_name': None})  # linen's AxisMetadata
 
 
 def _split_axes(name: str, leaf: Any, axis_names: tuple[str, ...]) -> tuple[str, ...]:

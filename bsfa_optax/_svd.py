@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bsfa_optax import _linalg, _vectors
-from bsfa_optax._leaves import Layout, Vector
+from bsfa_optax._vectors import Layout, Vector
 
 OVERSAMPLING = 8
 POWER_ITERATIONS = 2

@@ -1,4 +1,4 @@
-"""Arithmetic on block vectors: the one place that knows of meshes.
+"""Layouts, and the arithmetic on block vectors: the one place that knows of meshes.
 
 A *vector* is a list of arrays, one for each part of a `Layout`; a *stack* is a vector
 of which every array has rows in front, ``(rows, *shape)``. Both keep the parameters'
@@ -8,7 +8,10 @@ local product and one all-reduce of a small matrix.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+import dataclasses
 import functools
+import math
 import string
 from typing import Any, NamedTuple
 
@@ -17,10 +20,165 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
-import optax
 
-from bsfa_optax import _leaves
-from bsfa_optax._leaves import Layout, Vector
+Vector = list[jax.Array]  # an array for each part of a layout
+
+
+class Leaf(NamedTuple):
+  """A leaf of the parameters and what is known of it before any number is."""
+
+  name: str
+  position: int  # in jax.tree.leaves(params)
+  shape: tuple[int, ...]
+  dtype: Any
+  batch_axes: tuple[int, ...]  # ascending
+  why: str  # why it is filtered, or is not
+  filtered: bool
+  axes: tuple[int, ...] = ()  # those that may have a factor, ascending
+  split: tuple[str, ...] = ()  # the manual mesh axes (jax.shard_map) that split it
+
+
+class Part(NamedTuple):
+  """One array of a vector: a leaf, or leaves alike behind a new first axis."""
+
+  leaves: tuple[Leaf, ...]
+  stacked: bool
+  shape: tuple[int, ...]
+  batch_axes: tuple[int, ...]  # the first of a stacked part is one
+  batch_shape: tuple[int, ...]
+  inner_axes: tuple[int, ...]  # those within a block
+  size: int  # entries in one block, of all shards
+  axes: tuple[int, ...]  # those that may have a factor
+  names: tuple[str, ...]  # for each index of the batch axes
+  split: tuple[str, ...]
+
+
+class Block(NamedTuple):
+  """Parts with one dominant subspace for each index of their batch axes."""
+
+  names: tuple[str, ...]  # of its rows
+  parts: tuple[int, ...]  # positions among `Layout.parts`
+  batch_shape: tuple[int, ...]
+  size: int  # entries in one block of the batch
+  rows: range  # where the blocks stand in a `(Layout.count, ...)` array
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The parts and blocks of a tree of parameters; static.
+
+  Attributes:
+    leaves: all leaves of the parameters, filtered or not.
+    parts: the arrays of a vector.
+    blocks: which parts share a subspace.
+  """
+
+  leaves: tuple[Leaf, ...]
+  parts: tuple[Part, ...]
+  blocks: tuple[Block, ...]
+
+  @property
+  def count(self) -> int:
+    """Number of blocks, every batch index counted."""
+    return self.blocks[-1].rows.stop if self.blocks else 0
+
+  @property
+  def sizes(self) -> list[int]:
+    """Number of parameters in each of the `count` blocks."""
+    return [b.size for b in self.blocks for _ in range(math.prod(b.batch_shape))]
+
+  @property
+  def names(self) -> list[str]:
+    """A name for each of the `count` blocks."""
+    return [name for block in self.blocks for name in block.names]
+
+  @property
+  def dtype(self) -> Any:
+    """The dtype of numbers of blocks: that of the widest leaf, at least float32."""
+    return np.result_type(
+      np.float32, *[leaf.dtype for part in self.parts for leaf in part.leaves]
+    )
+
+  def only(self, members: Sequence[int]) -> Layout:
+    """The layout of some parts alone, without blocks."""
+    parts = tuple(self.parts[i] for i in members)
+    return dataclasses.replace(self, parts=parts, blocks=())
+
+  def map(self, f: Callable[..., Any], *vectors: Sequence[Any]) -> list[Any]:
+    """``f(part, x, ...)`` for each part and what the vectors have of it."""
+    return [f(*each) for each in zip(self.parts, *vectors, strict=True)]
+
+  def select(self, tree: Any) -> Vector:
+    """The vector of a tree like the parameters: an array for each part."""
+    leaves = [*map(jnp.asarray, jax.tree.leaves(tree))]  # may be Python numbers
+
+    def values(part: Part) -> jax.Array:
+      own = [leaves[leaf.position] for leaf in part.leaves]
+      return _stack(own) if part.stacked else own[0]
+
+    return self.map(values)
+
+  def replace(self, tree: Any, vector: Sequence[Any]) -> Any:
+    """`tree` with its filtered leaves taken from a vector, in their own dtypes."""
+    leaves, structure = jax.tree.flatten(tree)
+    for part, value in zip(self.parts, vector, strict=True):
+      for i, leaf in enumerate(part.leaves):
+        row = lax.index_in_dim(value, i, keepdims=False) if part.stacked else value
+        old = jnp.asarray(leaves[leaf.position])
+        leaves[leaf.position] = like(row.astype(old.dtype), old)
+    return jax.tree.unflatten(structure, leaves)
+
+  def gather(self, values: Sequence[jax.Array], trailing: int = 0) -> jax.Array:
+    """Sums `(*batch, ...)` values within each block into `(count, ...)`.
+
+    Args:
+      values: an array for each part, its batch axes first.
+      trailing: number of axes behind the batch axes.
+    """
+    dtype = np.result_type(*[x.dtype for x in values])
+    # In one dtype, for one all-reduce; small numbers, unlike the parts themselves.
+    values = self.sum_over_shards([x.astype(dtype) for x in values])
+    found = []
+    for block in self.blocks:
+      total = functools.reduce(jnp.add, [values[i] for i in block.parts])
+      found.append(total.reshape((-1, *total.shape[total.ndim - trailing :])))
+    return jnp.concatenate(found)
+
+  def scatter(self, values: jax.Array) -> Vector:
+    """Splits `(count, ...)` into a `(*batch, ...)` array for each part."""
+    out: list[Any] = [None] * len(self.parts)
+    for block in self.blocks:
+      own = values[block.rows.start : block.rows.stop]
+      for i in block.parts:
+        out[i] = own.reshape(block.batch_shape + values.shape[1:])
+    return out
+
+  def sum_over_shards(self, values: Sequence[Any]) -> list[Any]:
+    """Sums the values of each part over the mesh axes of `jax.shard_map` that split it.
+
+    Args:
+      values: for each part an array or a tree of arrays.
+
+    Returns:
+      The sums. The parts split in the same way share one all-reduce.
+    """
+    out = list(values)
+    # A dictionary, which has an order: all processes must reduce in the same one.
+    for axes in {part.split: None for part in self.parts if part.split}:
+      members = [i for i, part in enumerate(self.parts) if part.split == axes]
+      totals = lax.psum([out[i] for i in members], axes)
+      for i, total in zip(members, totals, strict=True):
+        out[i] = total
+    return out
+
+
+def _stack(values: Sequence[jax.Array]) -> jax.Array:
+  """Leaves alike behind a new first axis, sharded as the first of them."""
+  dtypes = {x.dtype for x in values}
+  if len(dtypes) > 1:  # NumPy has none for both halves
+    dtypes = {accumulator(x) for x in dtypes}
+  dtype = np.result_type(*dtypes)
+  return jnp.stack([like(x.astype(dtype), values[0]) for x in values])
 
 
 class Stack(NamedTuple):
@@ -33,35 +191,12 @@ class Stack(NamedTuple):
   rows: Any  # (rows, *shape)
 
 
-def zeros(params: Any, layout: Layout, rows: int, dtype: Any = None) -> Any:
-  """A tree like `params` with a zero `Stack` for each leaf in a block.
+def block_zeros(layout: Layout, *trailing: int, dtype: Any = np.float32) -> jax.Array:
+  """Zeros `(blocks, *trailing)`; of one block if there is none, for Orbax' sake.
 
-  Leaves in no block become `optax.MaskedNode`. Flax metadata is kept, with a
-  leading unsharded axis. For layouts whose parts are single leaves.
+  It saves no empty arrays.
   """
-  position = iter(range(len(layout.leaves)))
-
-  def make(node):
-    if not jax.tree.leaves(node) or not layout.leaves[next(position)].filtered:
-      return optax.MaskedNode()
-    boxed = jax.tree.map(
-      lambda p: jnp.broadcast_to(jnp.zeros_like(p, dtype), (rows, *jnp.shape(p))), node
-    )
-    return Stack(_add_row_axis(boxed))
-
-  return jax.tree.map(make, params, is_leaf=_leaves.is_box)
-
-
-def _add_row_axis(node: Any) -> Any:
-  """Tells Flax metadata around a stack that its first axis is unsharded."""
-  if not _leaves.is_box(node):
-    return node
-  if hasattr(node, 'get_metadata'):  # nnx.Variable; it changes in place
-    from flax import nnx  # a Variable exists, so Flax is there
-
-    nnx.spmd.add_axis(node, 0, {nnx.PARTITION_NAME: None})
-    return node
-  return node.add_axis(0, {'partition_name': None})  # linen's AxisMetadata
+  return jnp.zeros((max(layout.count, 1), *trailing), dtype)
 
 
 # Precision and shardings.
@@ -86,6 +221,38 @@ def spec_of(x: jax.Array) -> tuple[Any, ...]:
   return spec + (None,) * (x.ndim - len(spec))
 
 
+def resharded(x: jax.Array, like: jax.Array, spec: Sequence[Any]) -> jax.Array:
+  """`x` split by `spec` over the explicit mesh of `like`, if that is on one."""
+  sharding = sharding_of(like, spec)
+  return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+def replicate(x: jax.Array) -> jax.Array:
+  """`x` on every device of an explicit mesh: small per-block numbers only."""
+  return resharded(x, x, (None,) * x.ndim)
+
+
+def whole(x: jax.Array, axis: int) -> jax.Array:
+  """`x` with one axis unsharded on an explicit mesh."""
+  return resharded(x, x, [s if i != axis else None for i, s in enumerate(spec_of(x))])
+
+
+def like(x: jax.Array, other: Any) -> jax.Array:
+  """`x` with the sharding that `other` has on an explicit mesh."""
+  wanted = getattr(jax.typeof(other), 'sharding', None)
+  if wanted is None or wanted.mesh.empty or jax.typeof(x).sharding == wanted:
+    return x
+  return jax.sharding.reshard(x, wanted)
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+  """The manual mesh axes along which `x` differs; none with ``check_vma=False``."""
+  kind = jax.typeof(x)
+  if hasattr(kind, 'manual_axis_type'):
+    return kind.manual_axis_type.varying
+  return getattr(kind, 'vma', frozenset())
+
+
 def keep_replicated(state: Any) -> Any:
   """`state` with all but its stacks on every device of an auto mesh in context.
 
@@ -94,7 +261,7 @@ def keep_replicated(state: Any) -> Any:
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not mesh.are_all_axes_auto:
-    return state
+    return state  # elsewhere shardings are part of types, or one device is seen
 
   def constrain(x):
     if isinstance(x, Stack) or not isinstance(x, jax.core.Tracer):
@@ -104,77 +271,35 @@ def keep_replicated(state: Any) -> Any:
   return jax.tree.map(constrain, state, is_leaf=lambda x: isinstance(x, Stack))
 
 
-def replicate(x: jax.Array) -> jax.Array:
-  """`x` on every device of an explicit mesh: small per-block numbers only."""
-  sharding = sharding_of(x, (None,) * x.ndim)
-  return x if sharding is None else jax.sharding.reshard(x, sharding)
-
-
-def whole(x: jax.Array, axis: int) -> jax.Array:
-  """`x` with one axis unsharded on an explicit mesh."""
-  spec = [None if i == axis else entry for i, entry in enumerate(spec_of(x))]
-  if spec == [*spec_of(x)] or (sharding := sharding_of(x, spec)) is None:
-    return x
-  return jax.sharding.reshard(x, sharding)
-
-
 # On single arrays.
 
 
-def contract(a: jax.Array, b: jax.Array, batch_axes: tuple[int, ...]) -> jax.Array:
-  """Inner products of rows: `(r, *shape), (q, *shape) -> (*batch, r, q)`."""
-  dtype = np.promote_types(accumulator(a.dtype), accumulator(b.dtype))
-  batch = tuple(1 + axis for axis in batch_axes)
-  inner = tuple(i for i in range(1, a.ndim) if i not in batch)
-  spec = spec_of(a)
-  if a.dtype != b.dtype:
-    a, b = a.astype(dtype), b.astype(dtype)
-  out = lax.dot_general(
-    a,
-    b,
-    ((inner, inner), (batch, batch)),
+def product(subscripts: str, x: jax.Array, y: jax.Array, spec: Any = None) -> jax.Array:
+  """`jnp.einsum` at full precision, in the accumulators' dtype.
+
+  On an explicit mesh an axis of the result is split as the one of its letter in `x`,
+  unless a `spec` says otherwise.
+  """
+  dtype = np.promote_types(accumulator(x.dtype), accumulator(y.dtype))
+  if x.dtype != y.dtype:
+    x, y = x.astype(dtype), y.astype(dtype)
+  if spec is None:
+    partition = dict(zip(subscripts.split(',')[0], spec_of(x), strict=True))
+    spec = [partition.get(letter) for letter in subscripts.split('->')[1]]
+  return jnp.einsum(
+    subscripts,
+    x,
+    y,
+    # In TF32 or bfloat16, which accelerators take by default, the rounding of a Gram
+    # matrix would pass for directions.
     precision=lax.Precision.HIGHEST,
     preferred_element_type=dtype,
-    out_sharding=sharding_of(a, [*(spec[i] for i in batch), None, None]),
+    out_sharding=sharding_of(x, spec),
   )
-  return replicate(out)
 
 
-def combine(
-  weights: jax.Array, rows: jax.Array, batch_axes: tuple[int, ...]
-) -> jax.Array:
-  """Linear combinations of rows: `(*batch, q, r), (r, *shape) -> (q, *shape)`."""
-  dtype = accumulator(rows.dtype)
-  batch = tuple(1 + axis for axis in batch_axes)
-  n = len(batch)
-  if rows.dtype != dtype:  # a sum is fused, where a product would copy the rows
-    weights = jnp.moveaxis(weights.astype(dtype), (-1, -2), (0, 1))
-    terms = [
-      expand(w, rows[:1], (0, *batch)) * row[None].astype(dtype)
-      for w, row in zip(weights, rows, strict=True)
-    ]
-    return functools.reduce(jnp.add, terms)
-  spec = spec_of(rows)
-  rest = [i for i in range(1, rows.ndim) if i not in batch]
-  batch_spec = [spec[i] for i in batch]
-  weights = weights.astype(dtype)
-  if (sharding := sharding_of(rows, [*batch_spec, None, None])) is not None and n:
-    weights = jax.sharding.reshard(weights, sharding)
-  out = lax.dot_general(
-    weights,
-    rows.astype(dtype),
-    (((n + 1,), (0,)), (tuple(range(n)), batch)),
-    precision=lax.Precision.HIGHEST,
-    preferred_element_type=dtype,
-    out_sharding=sharding_of(rows, [*batch_spec, None, *(spec[i] for i in rest)]),
-  )  # (*batch, q, *rest)
-  return jnp.moveaxis(out, tuple(range(n)), batch) if n else out
-
-
-def contract_by_rows(
-  a: jax.Array, b: jax.Array, batch_axes: tuple[int, ...]
-) -> jax.Array:
-  """`contract` without copies of narrow stacks in the accumulator's dtype.
+def _by_rows(contract: Callable[..., jax.Array], a: jax.Array, b: jax.Array) -> Any:
+  """`contract` of two stacks, without copies of narrow ones in a wide dtype.
 
   Only the compiler for CPUs makes them. It would also take a slice of a wide copy of
   the stack, and that out of the loop: hence the bits and the barrier.
@@ -188,152 +313,164 @@ def contract_by_rows(
     return lax.bitcast_convert_type(bits, x.dtype).astype(dtype)
 
   def by_rows(a, b):
-    pair = lambda x, j: contract(x, row(b, j), batch_axes)[..., 0, 0]
+    pair = lambda x, j: contract(x, row(b, j))[..., 0, 0]
     line = lambda x: lax.map(lambda j: pair(x, j), jnp.arange(len(b)))
     out = lax.map(lambda i: line(row(a, i)), jnp.arange(len(a)))
     return jnp.moveaxis(out, (0, 1), (-2, -1))
 
-  whole = lambda a, b: contract(a, b, batch_axes)
-  return lax.platform_dependent(a, b, cpu=by_rows, default=whole)
+  return lax.platform_dependent(a, b, cpu=by_rows, default=contract)
 
 
-def row_norms(a: jax.Array, batch_axes: tuple[int, ...]) -> jax.Array:
-  """Squared norms of the rows of a stack: `(r, *shape) -> (*batch, r)`."""
-  batch = tuple(1 + axis for axis in batch_axes)
-  inner = tuple(i for i in range(1, a.ndim) if i not in batch)
-  squares = jnp.square(a.astype(accumulator(a.dtype)))
-  return replicate(jnp.moveaxis(squares.sum(inner), 0, -1))
+def _letters(ndim: int, batch_axes: tuple[int, ...]) -> tuple[str, str]:
+  """Names for `product` of all axes of an array, and of its batch axes."""
+  letters = string.ascii_lowercase[:ndim]
+  return letters, ''.join(letters[axis] for axis in batch_axes)
 
 
-def squared_norm(x: jax.Array, batch_axes: tuple[int, ...]) -> jax.Array:
-  """Squared norm for each batch index: `shape -> (*batch,)`."""
-  return row_norms(x[None], batch_axes)[..., 0]
-
-
-def along_axis(
-  values: jax.Array, axis: int, batch_axes: tuple[int, ...], ndim: int
+def energy(
+  x: jax.Array, axes: tuple[int, ...] | None = None, keepdims: bool = False
 ) -> jax.Array:
-  """`(*batch, n)` with axes of size 1, to broadcast along `axis` of a leaf."""
-  present = (*batch_axes, axis)
-  values = values.transpose(sorted(range(len(present)), key=present.__getitem__))
-  return jnp.expand_dims(values, tuple(i for i in range(ndim) if i not in present))
+  """Sum of squares over some axes (all by default)."""
+  squares = jnp.square(x.astype(accumulator(x.dtype)))
+  return replicate(squares.sum(axes, keepdims=keepdims))
 
 
-def expand(
-  values: jax.Array, like: jax.Array, batch_axes: tuple[int, ...]
-) -> jax.Array:
-  """Per-block numbers `(*batch,)` with axes of size 1 to broadcast to `like`."""
-  others = tuple(i for i in range(like.ndim) if i not in batch_axes)
-  out = jnp.expand_dims(values, others)
-  if batch_axes and (sharding_of(like, ())) is not None:
-    spec = spec_of(like)
-    out = jax.sharding.reshard(
-      out,
-      sharding_of(
-        like, [spec[i] if i in batch_axes else None for i in range(like.ndim)]
-      ),
-    )
-  return out
+def along(values: jax.Array, axes: tuple[int, ...], ndim: int) -> jax.Array:
+  """`values` of some `axes` of a leaf, with axes of size 1 to broadcast to all."""
+  values = values.transpose(sorted(range(len(axes)), key=axes.__getitem__))
+  return jnp.expand_dims(values, tuple(i for i in range(ndim) if i not in axes))
 
 
-def rotate(
-  x: jax.Array,
-  bases: tuple[jax.Array, ...],
-  axes: tuple[int, ...],
-  batch_axes: tuple[int, ...],
-  inverse: bool = False,
-) -> jax.Array:
-  """Coefficients of an array in orthonormal bases of some of its axes.
-
-  Args:
-    x: the array, `shape`.
-    bases: for each of `axes` a basis as columns, `(*batch, n, n)`.
-    axes: the axes to rotate.
-    batch_axes: the axes that index blocks.
-    inverse: back from coefficients.
-
-  Returns:
-    An array of the shape and sharding of `x`, in the accumulator's dtype.
-  """
-  dtype = accumulator(x.dtype)
-  x = x.astype(dtype)
-  letters = string.ascii_lowercase[: x.ndim]
-  batch = ''.join(letters[a] for a in batch_axes)
-  for axis, basis in zip(axes, bases, strict=True):
-    old, new = letters[axis], 'z'
-    matrix = new + old if inverse else old + new
-    x = jnp.einsum(
-      f'{letters},{batch}{matrix}->{letters.replace(old, new)}',
-      x,
-      basis.astype(dtype),
-      precision=lax.Precision.HIGHEST,
-      preferred_element_type=dtype,
-      out_sharding=sharding_of(x, spec_of(x)),
-    )
-  return x
-
-
-def second_moment(x: jax.Array, axis: int, batch_axes: tuple[int, ...]) -> jax.Array:
-  """Sum of outer products of the fibres along `axis`: `shape -> (*batch, n, n)`."""
-  fibres = jnp.moveaxis(x, axis, 0)
-  return contract(fibres, fibres, tuple(a - (a > axis) for a in batch_axes))
+def expand(values: jax.Array, like: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """`along`, with the sharding that `like` has on the axes."""
+  spec = [s if i in axes else None for i, s in enumerate(spec_of(like))]
+  return resharded(along(values, axes, like.ndim), like, spec)
 
 
 # On vectors.
 
 
+def spread(layout: Layout, values: jax.Array, like: Vector) -> Vector:
+  """Numbers of blocks, `(blocks,)`, to broadcast to the arrays of a vector."""
+  return layout.map(
+    lambda part, x, own: expand(own, x, part.batch_axes), like, layout.scatter(values)
+  )
+
+
+def sums(layout: Layout, vector: Vector) -> jax.Array:
+  """Sum of the entries of every block, `(blocks,)`."""
+  total = lambda part, x: replicate(x.sum(part.inner_axes))
+  return layout.gather(layout.map(total, vector))
+
+
 def squared_norms(layout: Layout, vector: Vector) -> jax.Array:
   """Squared norm of every block, `(blocks,)`."""
-  return layout.gather(
-    [
-      squared_norm(x, part.batch_axes)
-      for x, part in zip(vector, layout.parts, strict=True)
-    ]
-  )
+  return layout.gather(layout.map(lambda part, x: energy(x, part.inner_axes), vector))
 
 
 def stack_norms(layout: Layout, stacks: Vector) -> jax.Array:
   """Squared norms of the rows of a stack in every block, `(blocks, rows)`."""
-  norms = [
-    row_norms(x, part.batch_axes) for x, part in zip(stacks, layout.parts, strict=True)
-  ]
-  return layout.gather(norms, 1)
+
+  def norms(part: Part, x: jax.Array) -> jax.Array:
+    return jnp.moveaxis(energy(x, tuple(1 + a for a in part.inner_axes)), 0, -1)
+
+  return layout.gather(layout.map(norms, stacks), 1)
 
 
 def inner(layout: Layout, a: Vector, b: Vector) -> jax.Array:
   """A B^T for stacks of r and q rows, `(blocks, r, q)`."""
-  narrow = lambda x: x.dtype != accumulator(x.dtype)
-  return layout.gather(
-    [
-      (contract_by_rows if narrow(x) else contract)(x, y, part.batch_axes)
-      for x, y, part in zip(a, b, layout.parts, strict=True)
-    ],
-    2,
-  )
+
+  def products(part: Part, x: jax.Array, y: jax.Array) -> jax.Array:
+    axes, batch = _letters(len(part.shape), part.batch_axes)
+    contract = lambda x, y: replicate(product(f'y{axes},z{axes}->{batch}yz', x, y))
+    is_narrow = x.dtype != accumulator(x.dtype)
+    return _by_rows(contract, x, y) if is_narrow else contract(x, y)
+
+  return layout.gather(layout.map(products, a, b), 2)
 
 
 def mix(layout: Layout, weights: jax.Array, stacks: Vector) -> Vector:
   """W A for weights `(blocks, q, r)` and a stack A of r rows, as a stack of q rows."""
-  return [
-    combine(w, x, part.batch_axes)
-    for w, x, part in zip(layout.scatter(weights), stacks, layout.parts, strict=True)
-  ]
+
+  def combine(part: Part, w: jax.Array, x: jax.Array) -> jax.Array:
+    w = w.astype(accumulator(x.dtype))
+    if x.dtype != w.dtype:  # a sum is fused, where a product would copy the rows
+      w = jnp.moveaxis(w, (-1, -2), (0, 1))
+      own = (0, *(1 + axis for axis in part.batch_axes))
+      terms = [
+        expand(a, x[:1], own) * row.astype(w.dtype) for a, row in zip(w, x, strict=True)
+      ]
+      return functools.reduce(jnp.add, terms)
+    axes, batch = _letters(len(part.shape), part.batch_axes)
+    split = [spec_of(x)[1 + axis] for axis in part.batch_axes]
+    # A batch axis of a product has to be split alike in both factors.
+    w = resharded(w, x, [*split, None, None])
+    return product(f'y{axes},{batch}zy->z{axes}', x, w)
+
+  return layout.map(combine, layout.scatter(weights), stacks)
+
+
+def rotate(
+  layout: Layout,
+  vector: Vector,
+  bases: Sequence[Sequence[jax.Array]],
+  axes: Sequence[tuple[int, ...]],
+  *,
+  shared: bool = False,
+  inverse: bool = False,
+) -> Vector:
+  """Coefficients of a vector in orthonormal bases of some axes of its parts.
+
+  Args:
+    layout: the layout.
+    vector: the vector.
+    bases: for each part a basis as columns, `(*batch, n, n)`, for each of its `axes`.
+    axes: for each part the axes to rotate.
+    shared: whether a basis is the same for the whole batch, `(n, n)`.
+    inverse: back from coefficients.
+
+  Returns:
+    Arrays of the shapes and shardings of the vector's, in the accumulators' dtypes.
+  """
+
+  def rotated(part, x, own_bases, own_axes):
+    x = x.astype(accumulator(x.dtype))
+    letters, batch = _letters(x.ndim, () if shared else part.batch_axes)
+    for axis, basis in zip(own_axes, own_bases, strict=True):
+      old, new = letters[axis], letters.replace(letters[axis], 'z')
+      matrix = f'{batch}z{old}' if inverse else f'{batch}{old}z'
+      columns = basis.astype(x.dtype)
+      x = product(f'{letters},{matrix}->{new}', x, columns, spec_of(x))
+    return x
+
+  return layout.map(rotated, vector, bases, axes)
+
+
+def second_moments(
+  layout: Layout, vector: Vector, axes: Sequence[tuple[int, ...]]
+) -> list[tuple[jax.Array, ...]]:
+  """For each of some axes the sum of outer products of its fibres, `(*batch, n, n)`."""
+
+  def moments(part, x, own_axes):
+    letters, batch = _letters(x.ndim, part.batch_axes)
+    found = []
+    for own in map(letters.__getitem__, own_axes):
+      other = letters.replace(own, 'z')
+      found.append(replicate(product(f'{letters},{other}->{batch}{own}z', x, x)))
+    return tuple(found)
+
+  return layout.sum_over_shards(layout.map(moments, vector, axes))
 
 
 def scale(layout: Layout, vector: Vector, factors: jax.Array) -> Vector:
   """Every block times its factor, `(blocks,)`."""
-  return [
-    x * expand(s.astype(x.dtype), x, part.batch_axes)
-    for s, x, part in zip(layout.scatter(factors), vector, layout.parts, strict=True)
-  ]
+  by_part = spread(layout, factors, vector)
+  return jax.tree.map(lambda x, s: x * s.astype(x.dtype), vector, by_part)
 
 
 def select(layout: Layout, which: jax.Array, new: Vector, old: Vector) -> Vector:
   """The blocks of `new` where `which`, `(blocks,)`, is true, else those of `old`."""
-  return [
-    jnp.where(expand(s, x, part.batch_axes), x, y)
-    for s, x, y, part in zip(layout.scatter(which), new, old, layout.parts, strict=True)
-  ]
+  return jax.tree.map(jnp.where, spread(layout, which, new), new, old)
 
 
 def with_norm_of(
@@ -344,38 +481,33 @@ def with_norm_of(
   As it is where no more is left of a block than `rounding`, in units of the norm times
   the rounding error of a number: that must not be blown up.
   """
-  norms = [
-    layout.totals(
-      [squared_norm(x, p.batch_axes) for x, p in zip(v, layout.parts, strict=True)]
-    )
-    for v in (filtered, vector)
-  ]
-  out = []
-  for x, part, new, target in zip(filtered, layout.parts, *norms, strict=True):
-    real = new > (rounding * jnp.finfo(new.dtype).eps) ** 2 * target
-    ratio = jnp.sqrt(jnp.where(real, target / jnp.where(real, new, 1), 1))
-    out.append(x * expand(ratio.astype(x.dtype), x, part.batch_axes))
-  return out
+  new, target = squared_norms(layout, filtered), squared_norms(layout, vector)
+  # The coarsest rounding there is, as a block may have leaves of two dtypes.
+  eps = max(jnp.finfo(accumulator(x.dtype)).eps for x in vector)
+  real = new > (rounding * eps) ** 2 * target
+  ratio = jnp.sqrt(jnp.where(real, target / jnp.where(real, new, 1), 1))
+  return scale(layout, filtered, ratio)
 
 
-def random_unit(layout: Layout, like: Vector, key: jax.Array) -> Vector:
-  """A random vector in every block, of norm about 1."""
-  keys = jax.random.split(key, len(like))
-  vector = [
-    jax.random.normal(
-      k, x.shape, accumulator(x.dtype), out_sharding=sharding_of(x, spec_of(x))
-    )
-    for k, x in zip(keys, like, strict=True)
-  ]
-  return scale(layout, vector, jnp.array(layout.sizes, jnp.float32) ** -0.5)
-
-
-def random_signs(layout: Layout, like: Vector, key: jax.Array) -> Vector:
-  """A vector of random signs, in the accumulators' dtype."""
+def random(draw: Callable[..., jax.Array], like: Vector, key: jax.Array) -> Vector:
+  """A vector of draws, of `jax.random.normal` for one, in the accumulators' dtypes."""
   keys = jax.random.split(key, len(like))
   return [
-    jax.random.rademacher(
-      k, x.shape, accumulator(x.dtype), out_sharding=sharding_of(x, spec_of(x))
-    )
+    draw(k, x.shape, accumulator(x.dtype), out_sharding=sharding_of(x, spec_of(x)))
     for k, x in zip(keys, like, strict=True)
   ]
+
+
+def all_finite(layout: Layout, vector: Vector) -> jax.Array:
+  """Whether a vector can be learnt from: finite, also when squared and summed, ()."""
+
+  def usable(x):  # False for NaN, and where sums of squares could overflow
+    largest = jnp.finfo(accumulator(x.dtype)).max
+    # Entries under the limit have a sum of squares of a 1024th: room for many leaves.
+    limit = jnp.sqrt(largest / (1024 * max(x.size, 1)))
+    return (jnp.abs(x).astype(largest.dtype) < limit).all()
+
+  finite = jnp.stack([usable(x) for x in vector]).all()
+  # Shards must agree, as learning from an update takes all of them.
+  axes = varying_axes(finite).union(*(part.split for part in layout.parts))
+  return lax.pmin(finite.astype(jnp.int32), tuple(axes)) > 0 if axes else finite

@@ -119,15 +119,13 @@ def bsfa(
     options = [_learned.value(name, x, count) for name, x in given.items()]
     found = chosen.decompose(layout, vector, memory)
     filtered = _base.filtered(_multipliers(*options), layout, vector, found)
-    if grafting:
+    if grafting:  # with alpha = 0, what is left of a block may be rounding alone
       filtered = _vectors.with_norm_of(layout, filtered, vector, rounding=1e3)
     fraction = _base.dominant_fraction(layout, vector, found)
     return filtered, {'dominant_fraction': fraction}
 
   return _learned.learned(
-    _learned.Family(
-      chosen.layout, chosen.init, chosen.learn, apply, ('dominant_fraction',)
-    )
+    chosen.layout, chosen.init, chosen.learn, apply, 'dominant_fraction'
   )
 
 
@@ -138,6 +136,7 @@ def _multipliers(alpha: Any, gamma: Any, exponent: Any) -> _base.SpectralFunctio
     a, g = (jnp.asarray(x, variance.dtype) for x in (alpha, gamma))
     if exponent is None:
       return jnp.where(dominant, a, g)
+    # What never varied is flatter than anything that did: it gets gamma.
     present = variance > 0
     power = jnp.asarray(exponent, variance.dtype)
     graded = jnp.where(present, variance, 1) ** -power
@@ -493,6 +492,7 @@ def interpolated(
     filtered, inner = filter_.update(updates, state.filter_state, params, **extra_args)
     fraction = inner.measured['dominant_fraction']
     average = decay * state.average_fraction + (1 - decay) * fraction
+    # An update that passed through, not finite, has told nothing.
     skipped = inner.skipped_updates != state.filter_state.skipped_updates
     average = jnp.where(skipped, state.average_fraction, average)
     on = state.switched_on | (average > threshold)
@@ -582,13 +582,8 @@ def split_by_subspace(
   _check.transformation('bulk', bulk)
   inside, outside = map(optax.with_extra_args_support, (dominant, bulk))
 
-  def apply(layout, vector, memory, count):
-    del count
-    return _base.project(estimator.decompose(layout, vector, memory)), {}
-
-  projector = _learned.learned(
-    _learned.Family(estimator.layout, estimator.init, estimator.learn, apply, ())
-  )
+  # Bulk-SGD's filter leaves the bulk; what it takes away is dominant.
+  projector = bsfa(0.0, 1.0, estimator=estimator)
 
   def init(params):
     return SplitState(projector.init(params), inside.init(params), outside.init(params))
@@ -596,23 +591,18 @@ def split_by_subspace(
   def update(updates, state, params=None, **extra_args):
     _check.is_state('SplitState', SplitState, state)
     projector_state: Any
-    projected, projector_state = projector.update(
+    rest, projector_state = projector.update(
       updates, state.projector_state, params, **extra_args
     )
-    # The projector leaves alone what is in no block, and updates that are not finite:
-    # nothing of these is dominant.
-    layout = estimator.layout(updates)
+    # Of an update that is not finite, which passed through, the difference is NaN.
     skipped = projector_state.skipped_updates != state.projector_state.skipped_updates
-    zeros = jax.tree.map(jnp.zeros_like, updates)
-    known = [jnp.where(skipped, 0, x) for x in layout.select(projected)]
-    projected = layout.replace(zeros, known)
-    rest = jax.tree.map(lambda v, p: v - p, updates, projected)
+    projected = jax.tree.map(lambda v, r: jnp.where(skipped, 0, v - r), updates, rest)
     first, dominant_state = inside.update(
       projected, state.dominant_state, params, **extra_args
     )
     second, bulk_state = outside.update(rest, state.bulk_state, params, **extra_args)
     return (
-      jax.tree.map(lambda a, b: a + b, first, second),
+      jax.tree.map(jnp.add, first, second),
       SplitState(projector_state, dominant_state, bulk_state),
     )
 

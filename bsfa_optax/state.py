@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from bsfa_optax import _check, _learned, _leaves
+from bsfa_optax._vectors import Layout, Leaf, Part
 
 # To be raised when the state's leaves change their meaning under the same names.
 VERSION = 1
@@ -108,41 +109,33 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
     state: 5,264 bytes, 9.0 a parameter
   """
   state, found = _observed(tx, params)
-  rows = []
-  for layout, memory, _ in found:
-    held: dict[int, Any] = {}
-    per_part = type(memory) is tuple  # of `for_each_part`, and no named one
-    for i, part in enumerate(layout.parts):
-      arrays = jax.tree.leaves(memory[i]) if per_part else []
-      for leaf in part.leaves:
-        held[leaf.position] = (part, arrays)
-    for leaf in layout.leaves:
-      part, arrays = held.get(leaf.position, (None, []))
-      count = len(part.names) // len(part.leaves) if part else 0
-      batch = len(part.batch_axes) if part else 0
-      rows.append(
-        LeafSummary(
-          leaf.name,
-          leaf.shape,
-          leaf.filtered,
-          leaf.why,
-          count,
-          tuple(x.shape[batch:] for x in arrays),
-          sum(map(_bytes, arrays)) // len(part.leaves) if part else 0,
-          _operations(part, arrays) // len(part.leaves) if part else 0,
-        )
-      )
-  parameters = sum(int(np.prod(np.shape(x))) for x in jax.tree.leaves(params))
-  total = sum(map(_bytes, jax.tree.leaves(state)))
+  rows = [row for layout, memory, _ in found for row in _rows(layout, memory)]
+  parameters = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
   warnings = [w for observed in found for w in _warnings(observed, rows)]
   if not any(row.filtered for row in rows):
     warnings.append(
       'no leaf is filtered; say which are by leaves=lambda name, leaf: ...'
     )
-  return Summary(tuple(rows), total, parameters, tuple(warnings))
+  return Summary(tuple(rows), _bytes(state), parameters, tuple(warnings))
 
 
-def _operations(part: _leaves.Part, arrays: list[Any]) -> int:
+def _rows(layout: Layout, memory: Any) -> Iterator[LeafSummary]:
+  """A row for each leaf; what a memory has for a whole part is shared out."""
+  per_part = type(memory) is tuple  # of `for_each_part`, and no named one
+  held: dict[int, tuple[int, Any, int, int]] = {}
+  for i, part in enumerate(layout.parts):
+    arrays = jax.tree.leaves(memory[i]) if per_part else []
+    shapes = tuple(x.shape[len(part.batch_axes) :] for x in arrays)
+    totals = len(part.names), _bytes(arrays), _operations(part, arrays)
+    blocks, size, operations = (total // len(part.leaves) for total in totals)
+    for leaf in part.leaves:
+      held[leaf.position] = (blocks, shapes, size, operations)
+  for leaf in layout.leaves:
+    own = held.get(leaf.position, (0, (), 0, 0))
+    yield LeafSummary(leaf.name, leaf.shape, leaf.filtered, leaf.why, *own)
+
+
+def _operations(part: Part, arrays: list[Any]) -> int:
   """Of the products with the square ones of a part's arrays; a fifth of a refresh.
 
   A refresh takes a second moment and nine products for each of them.
@@ -161,7 +154,7 @@ def _is_square(x: Any) -> bool:
 def _warnings(observed: _leaves.Observed, rows: list[LeafSummary]) -> Iterator[str]:
   """Where the layout of a filter is probably not what is wanted."""
   layout, memory, _ = observed
-  groups: dict[str, list[_leaves.Leaf]] = {}
+  groups: dict[str, list[Leaf]] = {}
   for leaf in layout.leaves:
     modules = leaf.name.split('/')[:-1]
     for prefix in itertools.accumulate(modules, '{}/{}'.format):
@@ -296,8 +289,8 @@ def _observed(tx: optax.GradientTransformation, params: optax.Params) -> Any:
   return state, found
 
 
-def _bytes(x: Any) -> int:
-  return int(np.prod(x.shape)) * x.dtype.itemsize
+def _bytes(tree: Any) -> int:
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> int:
@@ -320,8 +313,7 @@ def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> int:
     131076
   """
   _check.transformation('tx', tx)
-  state = jax.eval_shape(tx.init, params)
-  return sum(map(_bytes, jax.tree.leaves(state)))
+  return _bytes(jax.eval_shape(tx.init, params))
 
 
 def temporary_bytes(
@@ -437,33 +429,36 @@ def state_shardings(
   """
   _check.transformation('tx', tx)
   leaves, structure = jax.tree.flatten(params)
-  given = _leaf_shardings(leaves, params, shardings)
-  kinds = {_kind(s) for s in given if s is not None}
-  meshes = {s.mesh for s in given if isinstance(s, NamedSharding)}
-  others = {s for s in given if s is not None and _kind(s) is Sharding}
-  if not kinds or len(kinds) > 1 or len(meshes) > 1 or len(others) > 1:
+  if shardings is None:
+    given = [getattr(x, 'sharding', None) for x in leaves]
+  else:
+    given = _leaves.broadcast(shardings, params, lambda x: x is None, 'shardings')
+    for sharding in given:
+      _check.sharding(sharding)
+  # What they must share: a mesh, or to be of none, or the sharding on no mesh at all.
+  places = {_place(s) for s in given if s is not None}
+  if len(places) != 1:
     found = sorted({str(s) for s in given})
     raise ValueError(
       'shardings must be all PartitionSpecs or all NamedShardings of one mesh, got'
       f' {found or None}; put the parameters on a mesh or give `shardings`.'
     )
-  if others:
-    (sharding,) = others
-    return jax.tree.map(lambda _: sharding, jax.eval_shape(tx.init, params))
+  (place,) = places
+  if isinstance(place, Sharding):
+    return jax.tree.map(lambda _: place, jax.eval_shape(tx.init, params))
 
-  specs = [_spec(s) for s in given]
+  specs = [P() if s is None else getattr(s, 'spec', s) for s in given]
   for x, spec in zip(leaves, specs, strict=True):
     if len(spec) > len(x.shape):
       raise ValueError(
         f'shardings must not have more axes than the parameter, got {spec} for shape'
         f' {x.shape}; leave the last ones out.'
       )
-  names = list(dict.fromkeys(name for spec in specs for name in _axis_names(spec)))
+  names = tuple(dict.fromkeys(jax.tree.leaves([tuple(spec) for spec in specs])))
   # On explicit axes the trace itself follows shardings. Their size is not needed: with
   # 1, every shape divides.
-  mesh = AbstractMesh(
-    (1,) * len(names), tuple(names), axis_types=(AxisType.Explicit,) * len(names)
-  )
+  explicit = (AxisType.Explicit,) * len(names)
+  mesh = AbstractMesh((1,) * len(names), names, axis_types=explicit)
   abstract = [
     jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
     for x, spec in zip(leaves, specs, strict=True)
@@ -471,44 +466,22 @@ def state_shardings(
   use, no_mesh = jax.sharding.use_abstract_mesh, AbstractMesh((), ())
   with use(no_mesh), use(mesh):  # one of another size can only be set after none
     state = jax.eval_shape(tx.init, jax.tree.unflatten(structure, abstract))
-  (target,) = meshes or (None,)
-  explicit = target is not None and AxisType.Explicit in target.axis_types
+  on_explicit = place is not P and AxisType.Explicit in place.axis_types
 
   def sharding_of(x):
     spec = list(x.sharding.spec) if isinstance(x.sharding, NamedSharding) else []
-    while spec and spec[-1] is None and not explicit:
+    while spec and spec[-1] is None and not on_explicit:
       spec.pop()  # so does jit, and another spelling would compile a second time
-    return NamedSharding(target, P(*spec)) if target else P(*spec)
+    return P(*spec) if place is P else NamedSharding(place, P(*spec))
 
   return jax.tree.map(sharding_of, state)
 
 
-def _leaf_shardings(leaves: list[Any], params: Any, shardings: Any) -> list[Any]:
-  if shardings is None:
-    return [getattr(x, 'sharding', None) for x in leaves]
-  given = _leaves.broadcast(shardings, params, lambda x: x is None, 'shardings')
-  for sharding in given:
-    _check.sharding(sharding)
-  return given
-
-
-def _kind(sharding: Any) -> type:
-  kinds = (NamedSharding, P)
-  return next((k for k in kinds if isinstance(sharding, k)), Sharding)
-
-
-def _spec(sharding: NamedSharding | P | None) -> P:
-  if isinstance(sharding, NamedSharding):
-    return sharding.spec
-  return P() if sharding is None else sharding
-
-
-def _axis_names(spec: P) -> Iterator[str]:
-  for entry in spec:
-    if isinstance(entry, tuple):
-      yield from entry
-    elif entry is not None:
-      yield entry
+def _place(sharding: Sharding | P) -> Any:
+  """The mesh of a sharding, `P` for a spec, or the sharding that has no mesh."""
+  if isinstance(sharding, P):
+    return P
+  return sharding.mesh if isinstance(sharding, NamedSharding) else sharding
 
 
 def state_format(state: optax.OptState) -> dict[str, Any]:

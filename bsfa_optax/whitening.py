@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from bsfa_optax import _check, _learned, _leaves, _linalg, _roots, _vectors
-from bsfa_optax._leaves import Layout, Part
+from bsfa_optax._vectors import Layout, Part
 
 
 def scale_by_whitening(
@@ -217,7 +217,7 @@ def scale_by_whitening(
     return whitened, {'effective_directions': measured}
 
   return _learned.learned(
-    _learned.Family(layout_of, init, learn, apply, ('effective_directions',), interval)
+    layout_of, init, learn, apply, 'effective_directions', interval=interval
   )
 
 
@@ -384,7 +384,7 @@ def _multiplied(x: jax.Array, root: jax.Array, side: Side, part: Part) -> jax.Ar
   )
   merged = (*x.shape[: side.axis], -1, *x.shape[side.axis + 2 :])
   x = jax.lax.slice_in_dim(x.reshape(merged), 0, side.length, axis=side.axis)
-  return _leaves.like(x, given)
+  return _vectors.like(x, given)
 
 
 # Two symmetric matrices in one array.

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _check, _curvature, _lanczos, _leaves, _vectors
-from bsfa_optax._leaves import Layout
+from bsfa_optax import _check, _curvature, _leaves, _vectors
+from bsfa_optax._vectors import Layout
 from bsfa_optax.diagnostics._subspaces import (
   as_stacks,
   diagonal,
@@ -99,7 +99,7 @@ def hessian_top_k(
     jnp.broadcast_to(jnp.zeros_like(x, _vectors.accumulator(x.dtype)), (rank, *x.shape))
     for x in leaves
   ]
-  eigenvalues, basis = _lanczos.top_eigenpairs(
+  eigenvalues, basis = _curvature.top_eigenpairs(
     layout,
     product,
     cold_start,
@@ -264,7 +264,7 @@ def curvature_energy(
       return [v[0] for v in _vectors.mix(layout, along, rows)]
 
   def sample(key):
-    x = _vectors.random_signs(layout, layout.select(params), key)
+    x = _vectors.random(jax.random.rademacher, layout.select(params), key)
     dominant = project(x)
     bulk = measure([v - p for v, p in zip(x, dominant, strict=True)])
     return bulk if inside is not None else jnp.stack([bulk, measure(dominant)])

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from bsfa_optax import _leaves, _linalg, _svd, _vectors
-from bsfa_optax._leaves import Layout, Vector
+from bsfa_optax._vectors import Layout, Vector
 from bsfa_optax.estimators import _base
 from bsfa_optax.estimators._base import Estimator
 
@@ -93,7 +93,7 @@ def dominant_fraction(
     <https://arxiv.org/abs/2405.16002>`_, 2024
   """
   _base.check_estimator(estimator)
-  norms = [_vectors.squared_norm(x, ()) for x in jax.tree.leaves(gradients)]
+  norms = [_vectors.energy(x) for x in jax.tree.leaves(gradients)]
   layout = estimator.layout(gradients)
   if not layout.count:
     return jnp.zeros((1,), jnp.float32), jnp.zeros((), jnp.float32)

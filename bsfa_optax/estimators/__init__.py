@@ -1,7 +1,7 @@
 """Estimators of the dominant subspace, and what another one is written with."""
 
-from bsfa_optax._leaves import Layout, layout
-from bsfa_optax._vectors import inner
+from bsfa_optax._leaves import layout
+from bsfa_optax._vectors import inner, Layout
 from bsfa_optax.estimators._base import Decomposition, Estimator, from_rows
 from bsfa_optax.estimators._dct import dct
 from bsfa_optax.estimators._hessian import hessian_lanczos, HessianState

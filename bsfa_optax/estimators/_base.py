@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from bsfa_optax import _vectors
-from bsfa_optax._leaves import Layout, Vector
+from bsfa_optax._vectors import Layout, Vector
 
 
 class SpectralFunction(Protocol):
@@ -125,24 +125,22 @@ def filtered(
   # vector to the last bit.
   base = f(found.rest, jnp.zeros(found.rest.shape, bool))
   base = jnp.where(found.ready, base, 1)
-  changes = []
-  for c, variance, dominant, ready, b in zip(
-    found.coefficients,
-    found.variance,
-    found.dominant,
-    found.spread(found.ready),
-    found.spread(base),
-    strict=True,
-  ):
+
+  def change(c, variance, dominant, ready, b):
     multiplier = f(variance, dominant)
     excess = jnp.where(ready, multiplier - b.astype(multiplier.dtype), 0)
-    changes.append(excess.astype(c.dtype) * c)
+    return excess.astype(c.dtype) * c
+
+  ready, rest = found.spread(found.ready), found.spread(base)
+  changes = jax.tree.map(
+    change, found.coefficients, found.variance, found.dominant, ready, rest
+  )
+  # Filtered in the accumulators' dtype: half precision is rounded once, at the end.
   wide = [v.astype(_vectors.accumulator(v.dtype)) for v in vector]
   scaled = _vectors.scale(layout, wide, base)
-  return [
-    v + change.astype(v.dtype)
-    for v, change in zip(scaled, found.synthesize(changes), strict=True)
-  ]
+  return jax.tree.map(
+    lambda v, change: v + change.astype(v.dtype), scaled, found.synthesize(changes)
+  )
 
 
 def project(found: Decomposition) -> Vector:
@@ -160,12 +158,12 @@ def dominant_fraction(
 
 
 def _inside(found: Decomposition) -> list[jax.Array]:
-  return [
-    jnp.where(dominant & ready, c, 0)
-    for c, dominant, ready in zip(
-      found.coefficients, found.dominant, found.spread(found.ready), strict=True
-    )
-  ]
+  return jax.tree.map(
+    lambda c, dominant, ready: jnp.where(dominant & ready, c, 0),
+    found.coefficients,
+    found.dominant,
+    found.spread(found.ready),
+  )
 
 
 # The two kinds of decompositions of this package.
@@ -213,11 +211,10 @@ def from_rows(
 def from_axes(
   layout: Layout,
   vector: Vector,
-  bases: Sequence[tuple[jax.Array, ...]],
+  bases: Sequence[Sequence[jax.Array]],
   axes: Sequence[tuple[int, ...]],
   variance: list[jax.Array],
   dominant: list[jax.Array],
-  ready: list[jax.Array],
   *,
   shared: bool = False,
 ) -> Decomposition:
@@ -230,37 +227,28 @@ def from_axes(
     axes: for each part the axes with a basis.
     variance: for each part relative variances, to broadcast to it.
     dominant: booleans, likewise.
-    ready: for each part booleans (*batch,).
     shared: whether the bases are the same for the whole batch, (n, n).
 
   Returns:
-    The `Decomposition`.
+    The `Decomposition`. A block is ready once any direction has variance; without an
+    axis it has no directions, and is left alone for ever.
   """
-  batches = [() if shared else part.batch_axes for part in layout.parts]
-  dtype = functools.reduce(np.promote_types, [x.dtype for x in variance])
 
-  def rotated(arrays, inverse=False):
-    columns = zip(arrays, bases, axes, batches, strict=True)
-    return [_vectors.rotate(*column, inverse=inverse) for column in columns]
+  def known(part, x, own):
+    some = bool(own) & (x > 0).any(part.inner_axes)
+    return jnp.broadcast_to(some, part.batch_shape).reshape(-1)
 
-  def collect(arrays):
-    return layout.gather(
-      [
-        _vectors.replicate(x.sum(part.inner_axes))
-        for x, part in zip(arrays, layout.parts, strict=True)
-      ]
-    )
-
+  rotated = functools.partial(
+    _vectors.rotate, layout, bases=bases, axes=axes, shared=shared
+  )
   return Decomposition(
     rotated(vector),
     variance,
     dominant,
-    jnp.ones((layout.count,), dtype),
-    jnp.concatenate([r.reshape(-1) for r in ready]),
-    spread=lambda values: [
-      _vectors.expand(s, v, part.batch_axes)
-      for s, v, part in zip(layout.scatter(values), vector, layout.parts, strict=True)
-    ],
-    collect=collect,
-    synthesize=lambda arrays: rotated(arrays, inverse=True),
+    # Every direction has a coefficient; the mean stands for the rest, which is empty.
+    jnp.ones((layout.count,), np.result_type(*[x.dtype for x in variance])),
+    jnp.concatenate(layout.map(known, variance, axes)),
+    spread=functools.partial(_vectors.spread, layout, like=vector),
+    collect=functools.partial(_vectors.sums, layout),
+    synthesize=functools.partial(rotated, inverse=True),
   )

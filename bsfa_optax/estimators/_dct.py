@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from bsfa_optax import _check, _leaves, _vectors
-from bsfa_optax._leaves import Part
+from bsfa_optax._vectors import Part
 from bsfa_optax.estimators._base import Estimator, from_axes
 
 MAX_SIZE = 46340  # 2 n^2 < 2^32: beyond, the phases of the basis would overflow
@@ -102,36 +102,35 @@ def dct(
 
   def decompose(layout, vector, memory):
     del memory
-    axes_of_parts = [_transformed_axis(part, rank) for part in layout.parts]
-    bases = [
-      tuple(cosines(part.shape[a], _vectors.accumulator(v.dtype)) for a in own)
-      for part, v, own in zip(layout.parts, vector, axes_of_parts, strict=True)
-    ]
-    energies = []
-    for part, v, basis, own in zip(
-      layout.parts, vector, bases, axes_of_parts, strict=True
-    ):
-      rotated = _vectors.rotate(v, basis, own, ())  # one basis for the whole batch
-      kept = tuple(sorted(part.batch_axes + own))
-      energies.append(_vectors.squared_norm(rotated, kept))
-    variances, dominant, ready = [], [], []
-    for part, energy, own in zip(
-      layout.parts, layout.sum_over_shards(energies), axes_of_parts, strict=True
-    ):
-      kept = part.batch_axes + own
-      energy = jnp.expand_dims(
-        energy, tuple(a for a in range(len(part.shape)) if a not in kept)
-      )
-      total = energy.sum(own, keepdims=True)
-      share = energy / jnp.where(total > 0, total, 1)
-      variances.append(share * math.prod(part.shape[axis] for axis in own))
-      dominant.append(
-        strongest(share, rank, own[0]) if own else jnp.zeros(share.shape, bool)
-      )
-      ready.append(bool(own) & (total > 0).reshape(part.batch_shape))
-    return from_axes(
-      layout, vector, bases, axes_of_parts, variances, dominant, ready, shared=True
+    chosen = layout.map(lambda part: _transformed_axis(part, rank))
+    bases = layout.map(
+      lambda part, v, own: [
+        cosines(part.shape[axis], _vectors.accumulator(v.dtype)) for axis in own
+      ],
+      vector,
+      chosen,
     )
+
+    def energies(part, x, own):
+      others = tuple(axis for axis in part.inner_axes if axis not in own)
+      return _vectors.energy(x, others, keepdims=True)
+
+    def share(part, energy, own):
+      total = energy.sum(own, keepdims=True)
+      return energy / jnp.where(total > 0, total, 1)
+
+    def relative(part, x, own):
+      return x * math.prod(part.shape[axis] for axis in own)
+
+    rotated = _vectors.rotate(layout, vector, bases, chosen, shared=True)
+    summed = layout.sum_over_shards(layout.map(energies, rotated, chosen))
+    shares = layout.map(share, summed, chosen)
+    variance = layout.map(relative, shares, chosen)
+    dominant = [
+      strongest(x, rank, own[0]) if own else x > 1  # nothing: all is left alone
+      for x, own in zip(shares, chosen, strict=True)
+    ]
+    return from_axes(layout, vector, bases, chosen, variance, dominant, shared=True)
 
   return Estimator(layout_of, init, learn, decompose)
 

@@ -9,12 +9,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from bsfa_optax import _check, _curvature, _lanczos, _leaves, _vectors
-from bsfa_optax._learned import is_due
-from bsfa_optax._leaves import Layout, Vector
+from bsfa_optax import _check, _curvature, _leaves, _vectors
+from bsfa_optax._learned import is_due, keep
+from bsfa_optax._vectors import Layout, Vector
 from bsfa_optax.estimators._base import Decomposition, Estimator, from_rows
 
 
@@ -156,27 +155,22 @@ def hessian_lanczos(
     return _leaves.layout(params, leaves=leaves, labels=labels, batch_axes=batch_axes)
 
   def init(layout, params):
-    dtypes = [leaf.dtype for part in layout.parts for leaf in part.leaves]
-    dtype = functools.reduce(np.promote_types, dtypes, np.dtype('float32'))
-    count = max(layout.count, 1)  # Orbax saves no empty arrays
     return HessianState(
-      basis=_vectors.zeros(params, layout, rank, storage_dtype),
-      curvature=jnp.zeros((count, rank), dtype),
+      basis=_leaves.zeros(params, layout, rank, storage_dtype),
+      curvature=_vectors.block_zeros(layout, rank, dtype=layout.dtype),
       is_known=jnp.zeros((), bool),
     )
 
   def learn(layout, vector, memory, count, params, **extra_args):
-    del vector
     functions = _functions(names, params, extra_args)
-    return jax.lax.cond(
-      is_due(count - 1, refresh_every),  # the first update is one
-      lambda memory, params: _refresh(
-        layout, memory, count, params, matrix(layout, params, *functions), iterations
-      ),
-      lambda memory, params: memory,
-      memory,
-      params,
-    )
+
+    def refresh(vector, memory, params):
+      del vector
+      product = matrix(layout, params, *functions)
+      return _refresh(layout, memory, count, params, product, iterations)
+
+    due = is_due(count - 1, refresh_every)  # the first update is one
+    return jax.lax.cond(due, refresh, keep, vector, memory, params)
 
   return Estimator(layout_of, init, learn, _decompose)
 
@@ -186,31 +180,31 @@ def _refresh(
   memory: HessianState,
   count: jax.Array,
   params: optax.Params,
-  product: _lanczos.Matvec,
+  product: _curvature.Matvec,
   iterations: int,
 ) -> HessianState:
   """The memory with new eigenvectors, in blocks where the products are finite."""
   values = layout.select(params)
   old, structure = jax.tree.flatten(memory.basis)
-  warm_start = [
-    x.astype(_vectors.accumulator(p.dtype)) for x, p in zip(old, values, strict=True)
-  ]
-  found, basis = _lanczos.top_eigenpairs(
+  widened = lambda x, p: x.astype(_vectors.accumulator(p.dtype))
+  found, basis = _curvature.top_eigenpairs(
     layout,
     product,
-    warm_start,
+    jax.tree.map(widened, old, values),
     iterations,
-    jax.random.fold_in(jax.random.key(0), count),
+    jax.random.fold_in(jax.random.key(0), count),  # the same in every run
+    # A product is as inexact as the parameters, whatever dtype it is stored in.
     tolerance=max(float(jnp.finfo(x.dtype).eps) for x in values),
   )
+  # A block whose products are not finite keeps what it had; the others go on.
   finite = jnp.isfinite(found).all(1)
   found = jnp.where(finite[:, None], jnp.maximum(found, 0), memory.curvature)
-  kept = [
-    jnp.where(_vectors.expand(ok, p, part.batch_axes)[None], new.astype(x.dtype), x)
-    for ok, p, part, new, x in zip(
-      layout.scatter(finite), values, layout.parts, basis, old, strict=True
-    )
-  ]
+  kept = jax.tree.map(
+    lambda ok, new, x: jnp.where(ok[None], new.astype(x.dtype), x),
+    _vectors.spread(layout, finite, values),
+    basis,
+    old,
+  )
   return HessianState(
     basis=jax.tree.unflatten(structure, kept),
     curvature=found.astype(memory.curvature.dtype),
@@ -219,17 +213,12 @@ def _refresh(
 
 
 def _decompose(layout: Layout, vector: Vector, memory: HessianState) -> Decomposition:
-  relative = _relative(memory.curvature)
-  basis = jax.tree.leaves(memory.basis)
+  kept = memory.curvature > 0
+  least = jnp.where(kept, memory.curvature, jnp.inf).min(1, keepdims=True)
+  relative = jnp.where(kept, memory.curvature / least, 0)
   none = jnp.zeros_like(relative[:, 0])
+  basis = jax.tree.leaves(memory.basis)
   return from_rows(layout, vector, basis, relative, none, memory.is_known)
-
-
-def _relative(curvature: jax.Array) -> jax.Array:
-  """Eigenvalues over the least one that is kept, (blocks, rank); 0 for absent ones."""
-  kept = curvature > 0
-  least = jnp.where(kept, curvature, jnp.inf).min(1, keepdims=True)
-  return jnp.where(kept, curvature / least, 0)
 
 
 def _functions(

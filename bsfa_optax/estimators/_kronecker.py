@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from bsfa_optax import _check, _leaves, _linalg, _vectors
-from bsfa_optax._learned import for_each_part, growing, Interval, is_due
-from bsfa_optax._leaves import Layout, Part, Vector
-from bsfa_optax.estimators._base import Decomposition, Estimator, from_axes
+from bsfa_optax._learned import for_each_part, growing, Interval, is_due, keep
+from bsfa_optax._vectors import Layout, Part, Vector
+from bsfa_optax.estimators._base import Estimator, from_axes
 
 
 class KroneckerFactors(NamedTuple):
@@ -138,54 +138,43 @@ def kronecker(
     )
 
   def factored(layout):
-    """For each part the axes with a factor."""
-    return [
-      _factored_axes(layout.parts[i], block.size, max_size, max_ratio)
-      for block in layout.blocks
-      for i in block.parts
-    ]
+    return [_factored_axes(part, max_size, max_ratio) for part in layout.parts]
 
   def init(layout, params):
     del params
 
-    axes_of_parts = dict(zip(layout.parts, factored(layout), strict=True))
-
-    def factors(part):
-      axes_of_part = axes_of_parts[part]
-      sizes = [part.shape[axis] for axis in axes_of_part]
+    def factors(part, own):
+      sizes = [part.shape[axis] for axis in own]
       batch = part.batch_shape
       return KroneckerFactors(
         tuple(jnp.tile(jnp.eye(n, dtype=storage_dtype), (*batch, 1, 1)) for n in sizes),
         tuple(jnp.zeros((*batch, n), jnp.float32) for n in sizes),
       )
 
-    return for_each_part(layout, factors)
+    return for_each_part(layout, factors, factored(layout))
 
   def learn(layout, vector, memory, count, params, **extra_args):
     del params, extra_args
-    return jax.lax.cond(
-      is_due(count, interval),
-      lambda vector, memory: _refresh(layout, vector, memory, factored(layout), decay),
-      lambda vector, memory: memory,
-      vector,
-      memory,
-    )
+    refresh = functools.partial(_refresh, layout, axes=factored(layout), decay=decay)
+    return jax.lax.cond(is_due(count, interval), refresh, keep, vector, memory)
 
   def decompose(layout, vector, memory):
-    return _decompose(layout, vector, memory, factored(layout))
+    own = factored(layout)
+    variance = layout.map(_relative_variance, memory, own)
+    bases = [old.basis for old in memory]
+    return from_axes(layout, vector, bases, own, variance, [x > 1 for x in variance])
 
   return Estimator(layout_of, init, learn, decompose)
 
 
-def _factored_axes(
-  part: Part, block_size: int, max_size: int, max_ratio: float
-) -> tuple[int, ...]:
+def _factored_axes(part: Part, max_size: int, max_ratio: float) -> tuple[int, ...]:
   # Shards are smaller than the block, but no factored axis is split.
   fit = [
     axis
     for axis in part.axes
-    if 1 < (n := part.shape[axis]) <= max_size and n <= max_ratio * (block_size // n)
+    if 1 < (n := part.shape[axis]) <= max_size and n <= max_ratio * (part.size // n)
   ]
+  # The two longest: those of a convolution's kernel that count channels.
   fit.sort(key=part.shape.__getitem__)
   return tuple(sorted(fit[-2:]))
 
@@ -198,58 +187,37 @@ def _refresh(
   decay: float,
 ) -> tuple[KroneckerFactors, ...]:
   """The memory with one more update in it; `axes` are the factored ones by part."""
-  moments = []
-  for part, v, old, own in zip(layout.parts, vector, memory, axes, strict=True):
-    rotated = _vectors.rotate(v, old.basis, own, part.batch_axes)
-    moments.append([_vectors.second_moment(rotated, a, part.batch_axes) for a in own])
-  sums = []
-  for old, news in zip(memory, layout.sum_over_shards(moments), strict=True):
-    sums += [
-      _decayed(decay, spectrum, moment)
-      for spectrum, moment in zip(old.spectrum, news, strict=True)
-    ]
-  turned = iter(_eigh_by_size(sums))
-  out = []
-  for old in memory:
-    pairs = [next(turned) for _ in old.basis]
-    bases = [_turned(b, turn) for b, (_, turn) in zip(old.basis, pairs, strict=True)]
-    out.append(KroneckerFactors(tuple(bases), tuple(values for values, _ in pairs)))
-  return tuple(out)
-
-
-def _decompose(
-  layout: Layout,
-  vector: Vector,
-  memory: tuple[KroneckerFactors, ...],
-  axes: list[tuple[int, ...]],
-) -> Decomposition:
-  variances, dominant, ready = [], [], []
-  for part, factors, own in zip(layout.parts, memory, axes, strict=True):
-    variance = _relative_variance(factors, part, own)
-    variances.append(variance)
-    dominant.append(variance > 1)
-    # A leaf without a factored axis has no directions: it is left alone.
-    known = bool(own) & (variance > 0).any(part.inner_axes)
-    ready.append(jnp.broadcast_to(known, part.batch_shape))
-  bases = [factors.basis for factors in memory]
-  return from_axes(layout, vector, bases, axes, variances, dominant, ready)
+  bases, spectra = map(list, zip(*memory, strict=True))
+  rotated = _vectors.rotate(layout, vector, bases, axes)
+  moments = _vectors.second_moments(layout, rotated, axes)
+  sums = jax.tree.map(functools.partial(_decayed, decay), spectra, moments)
+  matrices, structure = jax.tree.flatten(sums)
+  # All factors of one size are one batch.
+  turned = _linalg.by_size(_linalg.eigh, matrices)
+  # Rounding may leave the least eigenvalues of a covariance below 0.
+  values = [jnp.maximum(x, 0) for x, _ in turned]
+  turns = jax.tree.unflatten(structure, [rows for _, rows in turned])
+  bases = jax.tree.map(_turned, bases, turns)
+  return tuple(map(KroneckerFactors, bases, jax.tree.unflatten(structure, values)))
 
 
 def _relative_variance(
-  factors: KroneckerFactors, part: Part, axes: tuple[int, ...]
+  part: Part, factors: KroneckerFactors, axes: tuple[int, ...]
 ) -> jax.Array:
   """Variance of each coefficient over the mean one, to broadcast to the part."""
   ndim = len(part.shape)
   variance = jnp.ones((1,) * ndim, jnp.float32)
   for axis, spectrum in zip(axes, factors.spectrum, strict=True):
+    # Each factor over its own mean: the product is then over the block's mean.
     mean = spectrum.mean(-1, keepdims=True)
     relative = spectrum / jnp.where(mean > 0, mean, 1)
-    variance = variance * _vectors.along_axis(relative, axis, part.batch_axes, ndim)
+    variance = variance * _vectors.along(relative, (*part.batch_axes, axis), ndim)
   return variance
 
 
 def _decayed(decay: float, spectrum: jax.Array, moment: jax.Array) -> jax.Array:
   """The covariance in its last eigenbasis, with one more update in it."""
+  # Of unit trace: a large update, as early in training, counts no more than another.
   norm = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None]
   moment = (moment / jnp.where(norm > 0, norm, 1)).astype(jnp.float32)
   n = spectrum.shape[-1]
@@ -257,19 +225,10 @@ def _decayed(decay: float, spectrum: jax.Array, moment: jax.Array) -> jax.Array:
   return decay * spectrum[..., None] * eye + (1 - decay) * moment
 
 
-def _eigh_by_size(matrices: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-  """Eigenvalues and eigenvectors, as columns: one batch for all of one size."""
-
-  def decompose(batch):
-    values, vectors = _linalg.eigh(batch)
-    return jnp.maximum(values, 0), jnp.matrix_transpose(vectors)
-
-  return _linalg.by_size(decompose, matrices)
-
-
 def _turned(basis: jax.Array, turn: jax.Array) -> jax.Array:
-  """`basis @ turn`, kept orthonormal by a Newton-Schulz step: rounding would add up."""
+  """The basis, columns, turned by orthonormal rows."""
   dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-  new = dot(basis.astype(turn.dtype), turn)
+  new = dot(basis.astype(turn.dtype), jnp.matrix_transpose(turn))
+  # A Newton-Schulz step keeps it orthonormal: rounding would add up over refreshes.
   new = 1.5 * new - 0.5 * dot(new, dot(jnp.matrix_transpose(new), new))
   return new.astype(basis.dtype)

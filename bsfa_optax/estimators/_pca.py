@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsfa_optax import _check, _leaves, _svd, _vectors
-from bsfa_optax._learned import is_due
-from bsfa_optax._leaves import Layout, Vector
+from bsfa_optax._learned import is_due, keep
+from bsfa_optax._vectors import Layout, Vector
 from bsfa_optax.estimators._base import Decomposition, Estimator, from_rows
 
 
@@ -144,15 +144,13 @@ def pca(
     )
 
   def init(layout, params):
-    dtypes = [leaf.dtype for part in layout.parts for leaf in part.leaves]
-    dtype = functools.reduce(np.promote_types, dtypes, np.dtype('float32'))
-    count = max(layout.count, 1)  # Orbax saves no empty arrays
+    zeros = functools.partial(_vectors.block_zeros, layout, dtype=layout.dtype)
     return PCAState(
-      basis=_vectors.zeros(params, layout, rank, storage_dtype),
-      history=_vectors.zeros(params, layout, history, storage_dtype),
-      squared_norms=jnp.zeros((count, history), dtype),
-      variance=jnp.zeros((count, rank), dtype),
-      total_variance=jnp.zeros((count,), dtype),
+      basis=_leaves.zeros(params, layout, rank, storage_dtype),
+      history=_leaves.zeros(params, layout, history, storage_dtype),
+      squared_norms=zeros(history),
+      variance=zeros(rank),
+      total_variance=zeros(),
       is_complete=jnp.zeros((), bool),
     )
 
@@ -171,14 +169,10 @@ def pca(
     due = is_due(count, refresh_every)
     if decay == 0:
       due &= count >= first_refresh - 1
-    return jax.lax.cond(
-      due,
-      lambda memory: _refresh(
-        layout, memory, count, decay=decay, solver=solver, first=first_refresh
-      ),
-      lambda memory: memory,
-      memory,
+    refresh = functools.partial(
+      _refresh, layout, decay=decay, solver=solver, first=first_refresh
     )
+    return jax.lax.cond(due, refresh, keep, vector, memory, count)
 
   return Estimator(layout_of, init, learn, _decompose)
 
@@ -199,6 +193,7 @@ def _check_window(rank: int, history: int, decay: float, refresh_every: int) -> 
 
 def _refresh(
   layout: Layout,
+  vector: Vector,
   memory: PCAState,
   count: jax.Array,
   *,
@@ -207,6 +202,7 @@ def _refresh(
   first: int,
 ) -> PCAState:
   """The memory with new directions; it is complete from the update `first` on."""
+  del vector  # it is in the history
   past, weights = _weights(memory, decay)
   a, rank = _rows_of(layout, memory, past, weights), memory.variance.shape[1]
   if solver == 'gram':

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from bsfa_optax import _lanczos, bsfa, diagnostics, hessian_lanczos
+from bsfa_optax import _curvature, bsfa, diagnostics, hessian_lanczos
 from bsfa_optax.estimators import _base, layout
 from bsfa_optax.state import abstract_state, state_shardings
 
@@ -139,7 +139,7 @@ def prescribed(values, seed=0):
 def solver(shape, iterations):
   def solve(matrix, warm):
     matvec = lambda v: [(matrix @ v[0].reshape(-1)).reshape(shape)]
-    return _lanczos.top_eigenpairs(
+    return _curvature.top_eigenpairs(
       one_block(shape), matvec, warm, iterations, jax.random.key(1), 1e-6
     )
 
