@@ -141,7 +141,8 @@ def _multipliers(alpha: Any, gamma: Any, exponent: Any) -> _base.SpectralFunctio
     present = variance > 0
     power = jnp.asarray(exponent, variance.dtype)
     graded = jnp.where(present, variance, 1) ** -power
-    return jnp.where(present, jnp.clip(graded, a, g), g)
+    limit = jnp.where(power > 0, g, 1)  # of x^(-p) as x -> 0
+    return jnp.clip(jnp.where(present, graded, limit), a, g)
 
   return f
 
