@@ -383,6 +383,7 @@ CALLS = {
 }
 for name, factory in (
   ('adamw', bsfa_adamw),
+  ('adafactor', bsfa_optax.bsfa_adafactor),
   ('galore', projected.galore),
   ('fira', projected.fira),
   ('frugal', projected.frugal),
