@@ -129,7 +129,7 @@ def types(tree):
 def assert_equal(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(np.float64(x), np.float64(y))
 
 
 @pytest.mark.parametrize('name', WRAPPED)
