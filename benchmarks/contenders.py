@@ -162,7 +162,7 @@ def _filtered(
   learning_rate: float,
   estimator: Callable[..., estimators.Estimator] = bsfa_optax.kronecker,
   *,
-  learns_from: Direction | None = None,
+  source: Direction | None = None,
   filter_options: dict[str, Any] | None = None,
   **estimator_options: Any,
 ) -> Contender:
@@ -174,13 +174,13 @@ def _filtered(
     last = bsfa_optax.bsfa(
       **of_filter, estimator=estimator(**leaves, **estimator_options)
     )
-    if learns_from is None:
+    if source is None:
       return optax.chain(base(task), last)
-    return bsfa_optax.accelerate(base(task), last, history=learns_from(task))
+    return bsfa_optax.accelerate(base(task), last, history=source(task))
 
   settings = {
     'base': base.__name__,
-    'history': learns_from.__name__ if learns_from else 'updates',
+    'history': source.__name__ if source else 'updates',
     'filter': _defaults(bsfa_optax.bsfa) | of_filter,
     'estimator': {'name': estimator.__name__}
     | _defaults(estimator)
@@ -244,8 +244,8 @@ CONTENDERS = {
   'bsfa-hessian': _filtered(
     adam, 4e-3, bsfa_optax.hessian_lanczos, labels='all', refresh_every=20
   ),
-  'bsfa-gradients': _filtered(adam, 1.6e-2, learns_from=gradients),
-  'bsfa-metric': _filtered(adam, 1.6e-2, learns_from=adams_metric),
+  'bsfa-gradients': _filtered(adam, 1.6e-2, source=gradients),
+  'bsfa-metric': _filtered(adam, 1.6e-2, source=adams_metric),
   'bsfa-muon': _filtered(muon, 1.6e-2, filter_options=_GRADED),
 }
 

@@ -562,7 +562,14 @@ def test_later_calls_compile_nothing(name, eager):
 
 
 FIELDS = {
-  'pca': {'basis', 'history', 'variance', 'total_variance', 'is_complete'},
+  'pca': {
+    'basis',
+    'history',
+    'squared_norms',
+    'variance',
+    'total_variance',
+    'is_complete',
+  },
   'hessian': {'basis', 'curvature', 'is_known'},
 }
 

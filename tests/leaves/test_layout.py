@@ -216,7 +216,8 @@ def test_default_blocks_and_names():
   assert layout(params, batch_axes=axes, stacked=True).names[2:] == scanned
   # A leaf with one axis beside its batch axes is no matrix.
   w = {'w': jnp.ones((3, 4))}
-  assert layout(w, batch_axes=0).names == []
+  with pytest.raises(ValueError, match='batch_axes must leave a matrix'):
+    layout(w, batch_axes=0)
   names = ['w[0]', 'w[1]', 'w[2]']
   assert layout(w, labels={'w': 'w'}, batch_axes=0).names == names
   assert layout(w, leaves=lambda *_: True, batch_axes=0).names == names

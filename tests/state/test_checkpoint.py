@@ -215,6 +215,7 @@ def test_layout_is_that_of_the_format_version():
     | {
       'memory/basis/rows': 'float32[2,4,8]',
       'memory/history/rows': 'float32[3,4,8]',
+      'memory/squared_norms': 'float32[1,3]',
       'memory/variance': 'float32[1,2]',
       'memory/total_variance': 'float32[1]',
       'memory/is_complete': 'bool[]',
