@@ -169,8 +169,8 @@ def projected(
     plan = find(params)
     norms = optax.MaskedNode()
     if residual == 'scaled':
-      norms = plan.each(lambda p, m: _matrices.zeros(p, p.shape[:-2], _specs(p, m)[0]))
-      norms = jax.tree.map(lambda x: x.astype(jnp.float32), norms)
+      zeros = lambda p, m: _matrices.zeros(p, p.shape[:-2], _specs(p, m)[0])
+      norms = plan.each(lambda p, m: zeros(p, m).astype(jnp.float32))
     return ProjectedState(
       jnp.zeros((), jnp.int32),
       plan.each(lambda p, m: Basis(_zero_basis(p, m, subspace))),
@@ -194,9 +194,8 @@ def projected(
       )
       return new, lax.cond(count > 0, carried, lambda: state.coordinate_state)
 
-    finite = jnp.array(True)
-    for g in jax.tree.leaves(plan.values(updates)):
-      finite &= jnp.isfinite(g).all()
+    leaves = jax.tree.leaves(plan.values(updates))
+    finite = jnp.array([jnp.isfinite(g).all() for g in leaves]).all()
     bases, inside = lax.cond(
       (count % refresh_every == 0) & finite,
       refresh,

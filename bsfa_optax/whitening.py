@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import functools
+import itertools
 import math
 import string
 from typing import Any, NamedTuple
@@ -162,13 +163,16 @@ def scale_by_whitening(
   def learn(layout, vector, memory, count, params, **extra_args):
     del params, extra_args
     e = _learned.value('ridge', ridge, count)
+    refresh = lambda layout, vector, memory: _refreshed(
+      layout, decay, e, block_size, distribute_over, vector, memory
+    )
     memory = list(memory)
     turns = _turns(layout, block_size)
     for turn, members in enumerate(turns):
       # No step pays for all: each group of parts has its own within an interval.
       news = jax.lax.cond(
         _learned.is_due(count, interval, turn / len(turns)),
-        functools.partial(refresh, layout.only(members), e),
+        functools.partial(refresh, layout.only(members)),
         lambda vector, memory: memory,
         [vector[i] for i in members],
         [memory[i] for i in members],
@@ -176,30 +180,6 @@ def scale_by_whitening(
       for i, new in zip(members, news, strict=True):
         memory[i] = new
     return tuple(memory)
-
-  def refresh(layout, e, vector, memory):
-    moments = [
-      [_moment(v, side, part) for side in _sides(part, block_size)]
-      for part, v in zip(layout.parts, vector, strict=True)
-    ]
-    covariances, regular = [], []
-    for part, sides, news in zip(
-      layout.parts, memory, layout.sum_over_shards(moments), strict=True
-    ):
-      for side, packed, moment in zip(
-        _sides(part, block_size), sides, news, strict=True
-      ):
-        new = decay * _covariance(packed) + (1 - decay) * _relative(moment)
-        covariances.append(new)
-        regular.append(_regular(new, side, e))
-    # All sides of one size are one batch.
-    roots = _linalg.by_size(_roots.inverse_square_root, regular, distribute_over)
-    old, structure = jax.tree.flatten(memory)
-    news = []
-    for covariance, root, packed in zip(covariances, roots, old, strict=True):
-      finite = jnp.isfinite(root).all((-2, -1), keepdims=True)
-      news.append(jnp.where(finite, _packed(covariance, root), packed))
-    return jax.tree.unflatten(structure, news)
 
   def apply(layout, vector, memory, count):
     del count
@@ -306,6 +286,40 @@ def _unlearnt(part: Part, side: Side) -> jax.Array:
   zeros, eye = jnp.zeros((side.size, side.size)), jnp.eye(side.size)
   packed = _packed(zeros.astype(jnp.float32), eye.astype(jnp.float32))
   return jnp.tile(packed, (*part.batch_shape, side.blocks, 1, 1))
+
+
+def _refreshed(
+  layout: Layout,
+  decay: float,
+  ridge: Any,
+  block_size: int,
+  distribute_over: str | None,
+  vector: _vectors.Vector,
+  memory: Any,
+) -> Any:
+  """The memory after one more update, with new roots."""
+  sides = [_sides(part, block_size) for part in layout.parts]
+  moments = [
+    [_moment(v, side, part) for side in own]
+    for part, own, v in zip(layout.parts, sides, vector, strict=True)
+  ]
+  totals = jax.tree.leaves(layout.sum_over_shards(moments))
+  old, structure = jax.tree.flatten(memory)
+  covariances = [
+    decay * _covariance(packed) + (1 - decay) * _relative(moment)
+    for packed, moment in zip(old, totals, strict=True)
+  ]
+  regular = [
+    _regular(covariance, side, ridge)
+    for covariance, side in zip(covariances, itertools.chain(*sides), strict=True)
+  ]
+  # All sides of one size are one batch.
+  roots = _linalg.by_size(_roots.inverse_square_root, regular, distribute_over)
+  news = [  # a root that is not finite leaves the old one, and its covariance
+    jnp.where(jnp.isfinite(r).all((-2, -1), keepdims=True), _packed(c, r), packed)
+    for c, r, packed in zip(covariances, roots, old, strict=True)
+  ]
+  return jax.tree.unflatten(structure, news)
 
 
 def _relative(moment: jax.Array) -> jax.Array:
