@@ -270,7 +270,7 @@ def test_batch_without_a_named_axis_is_left_alone(make):
     ({'axes': (0, -3)}, ['axes must lie within the axes', 'got (0, -3)']),
     ({'axes': {'w': 'x'}}, ['axes must lie within the axes', 'got x', "'w'"]),
     (
-      {'axes': (0, 1), 'batch_axes': -1},
+      {'axes': (0, 1), 'batch_axes': -1, 'leaves': lambda *_: True},
       ['axes must not be batch axes', 'axes=(0, 1)', "'w'", '(1,)', 'one of them'],
     ),
     ({'axes': {'x': 0}}, ['axes must be a tree', "'x'", 'a function']),
