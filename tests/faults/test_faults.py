@@ -43,7 +43,7 @@ def test_default_does_not_drift(tmp_path, standard_promotion, capsys):
 
 @pytest.mark.slow
 def test_bad_updates_leave_a_finite_state(standard_promotion):
-  name = 'bsfa: pca, randomized'
+  name = 'bsfa: pca, no decay'
   result = updates.batch(name, updates.runner(updates.filters()[name], True), 0, 30)
   assert not result['lost'], result['why']
 
