@@ -398,7 +398,8 @@ def mix(layout: Layout, weights: jax.Array, stacks: Vector) -> Vector:
       w = jnp.moveaxis(w, (-1, -2), (0, 1))
       own = (0, *(1 + axis for axis in part.batch_axes))
       terms = [
-        expand(a, x[:1], own) * row.astype(w.dtype) for a, row in zip(w, x, strict=True)
+        expand(a, x[:1], own) * row[None].astype(w.dtype)
+        for a, row in zip(w, x, strict=True)
       ]
       return functools.reduce(jnp.add, terms)
     axes, batch = _letters(len(part.shape), part.batch_axes)

@@ -13,7 +13,6 @@ import string
 from typing import Any, NamedTuple
 
 import jax
-from jax.lax import Precision
 import jax.numpy as jnp
 import optax
 
@@ -169,7 +168,7 @@ def scale_by_whitening(
       news = jax.lax.cond(
         _learned.is_due(count, interval, turn / len(turns)),
         functools.partial(refresh, layout.only(members), e),
-        lambda vector, memory: memory,
+        _learned.keep,
         [vector[i] for i in members],
         [memory[i] for i in members],
       )
@@ -178,28 +177,19 @@ def scale_by_whitening(
     return tuple(memory)
 
   def refresh(layout, e, vector, memory):
-    moments = [
-      [_moment(v, side, part) for side in _sides(part, block_size)]
-      for part, v in zip(layout.parts, vector, strict=True)
-    ]
-    covariances, regular = [], []
-    for part, sides, news in zip(
-      layout.parts, memory, layout.sum_over_shards(moments), strict=True
-    ):
-      for side, packed, moment in zip(
-        _sides(part, block_size), sides, news, strict=True
-      ):
-        new = decay * _covariance(packed) + (1 - decay) * _relative(moment)
-        covariances.append(new)
-        regular.append(_regular(new, side, e))
+    moments = layout.map(functools.partial(_moments, block_size), vector)
+    news = jax.tree.map(
+      lambda packed, x: decay * _covariance(packed) + (1 - decay) * _relative(x),
+      memory,
+      layout.sum_over_shards(moments),
+    )
+    sides = [side for part in layout.parts for side in _sides(part, block_size)]
+    covariances, structure = jax.tree.flatten(news)
+    regular = [_regular(c, s, e) for c, s in zip(covariances, sides, strict=True)]
     # All sides of one size are one batch.
     roots = _linalg.by_size(_roots.inverse_square_root, regular, distribute_over)
-    old, structure = jax.tree.flatten(memory)
-    news = []
-    for covariance, root, packed in zip(covariances, roots, old, strict=True):
-      finite = jnp.isfinite(root).all((-2, -1), keepdims=True)
-      news.append(jnp.where(finite, _packed(covariance, root), packed))
-    return jax.tree.unflatten(structure, news)
+    renewed = map(_renewed, jax.tree.leaves(memory), covariances, roots)
+    return jax.tree.unflatten(structure, list(renewed))
 
   def apply(layout, vector, memory, count):
     del count
@@ -358,18 +348,18 @@ def _letters(x: jax.Array, side: Side, part: Part) -> tuple[str, str, str, str]:
   return letters, batch, letters[side.axis], letters[side.axis + 1]
 
 
-def _moment(x: jax.Array, side: Side, part: Part) -> jax.Array:
-  """Sum of outer products of the fibres along a side, `-> (*batch, blocks, n, n)`."""
-  x = _in_blocks(x.astype(_vectors.accumulator(x.dtype)), side)
-  letters, batch, block, entry = _letters(x, side, part)
-  moment = jnp.einsum(
-    f'{letters},{letters.replace(entry, "z")}->{batch}{block}{entry}z',
-    x,
-    x,
-    precision=Precision.HIGHEST,  # its rounding is the floor of the root's error
-    out_sharding=_vectors.sharding_of(x, [None] * (len(batch) + 3)),
-  )
-  return moment
+def _moments(block_size: int, part: Part, x: jax.Array) -> tuple[jax.Array, ...]:
+  """Sums of outer products of the fibres along each side, `(*batch, blocks, n, n)`."""
+  x = x.astype(_vectors.accumulator(x.dtype))
+
+  def moment(side):
+    cut = _in_blocks(x, side)
+    letters, batch, block, entry = _letters(cut, side, part)
+    subscripts = f'{letters},{letters.replace(entry, "z")}->{batch}{block}{entry}z'
+    # At full precision: its rounding is the floor of the root's error.
+    return _vectors.product(subscripts, cut, cut, [None] * (len(batch) + 3))
+
+  return tuple(map(moment, _sides(part, block_size)))
 
 
 def _multiplied(x: jax.Array, root: jax.Array, side: Side, part: Part) -> jax.Array:
@@ -394,6 +384,12 @@ def _packed(covariance: jax.Array, root: jax.Array) -> jax.Array:
   """`(..., n, n)` twice `-> (..., n, n + 1)`: below, and above the diagonal."""
   pad = lambda x, *columns: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [columns])
   return jnp.tril(pad(covariance, 0, 1)) + jnp.triu(pad(root, 1, 0), 1)
+
+
+def _renewed(packed: jax.Array, covariance: jax.Array, root: jax.Array) -> jax.Array:
+  """What to keep of a refresh: the old pair where the root is not finite."""
+  finite = jnp.isfinite(root).all((-2, -1), keepdims=True)
+  return jnp.where(finite, _packed(covariance, root), packed)
 
 
 def _covariance(packed: jax.Array) -> jax.Array:
