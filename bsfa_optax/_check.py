@@ -23,16 +23,6 @@ def concrete(value: Any) -> float | None:
   return float(value)
 
 
-def number(name: str, value: Any) -> None:
-  """Raises unless `value` is one real number, or traced.
-
-  What a schedule returns is not looked at any closer: it may be traced.
-  """
-  if isinstance(value, (str, bytes)) or value is None or np.ndim(value) != 0:
-    shown = f'shape {np.shape(value)}' if np.ndim(value) else repr(value)
-    raise ValueError(f'{name} must be one number, got {shown} from its schedule.')
-
-
 def positive_int(name: str, value: Any) -> None:
   """Raises unless `value` is an integer of at least 1."""
   try:
@@ -157,8 +147,7 @@ def names(name: str, value: Any) -> tuple[str, ...]:
 def like_updates(name: str, value: Any, updates: Any) -> None:
   """Raises unless a tree has the structure and the shapes of the updates."""
   given, wanted = shapes(value), shapes(updates)
-  if given != wanted:
-    where = sorted(n for n in given.keys() | wanted if given.get(n) != wanted.get(n))[0]
+  if (where := _first_difference(given, wanted)) is not None:
     raise ValueError(
       f'{name} must be a tree like the updates, got {given.get(where, "nothing")} for'
       f' {where!r}, expected {wanted.get(where, "nothing")}; make it from the'
@@ -168,14 +157,19 @@ def like_updates(name: str, value: Any, updates: Any) -> None:
 
 def memory(given: Any, wanted: dict[str, Any]) -> None:
   """Raises unless a filter's memory has these shapes by name."""
-  if (found := shapes(given)) != wanted:
-    where = sorted(n for n in found.keys() | wanted if found.get(n) != wanted.get(n))[0]
+  found = shapes(given)
+  if (where := _first_difference(found, wanted)) is not None:
     raise ValueError(
       'state must be of the same transformation and of parameters like the updates, got'
       f' {found.get(where, "nothing")} for memory/{where}, expected'
       f' {wanted.get(where, "nothing")}; build the transformation as the state was'
       ' made, or make a new state with init.'
     )
+
+
+def _first_difference(given: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+  names = given.keys() | wanted
+  return min((n for n in names if given.get(n) != wanted.get(n)), default=None)
 
 
 def shapes(tree: Any) -> dict[str, Any]:

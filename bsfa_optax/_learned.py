@@ -169,5 +169,8 @@ def value(name: str, option: Any, count: jax.Array) -> Any:
   if not callable(option):
     return option
   now = option(count)
-  _check.number(name, now)
+  # That it is one number is all that can be told: it may be traced.
+  if isinstance(now, (str, bytes)) or now is None or np.ndim(now) != 0:
+    shown = f'shape {np.shape(now)}' if np.ndim(now) else repr(now)
+    raise ValueError(f'{name} must be one number, got {shown} from its schedule.')
   return now

@@ -237,14 +237,16 @@ def _chosen(
       for x, own in zip(arrays, batch, strict=True)
     ]
     found = default_rule(names, shapes)
-    whole = default_rule(names, [np.shape(x) for x in arrays])
-    lost = [i for i, (filtered, _) in enumerate(whole) if filtered]
-    if lost and not any(filtered for filtered, _ in found):
-      raise ValueError(
-        f'batch_axes must leave a matrix to filter, got {batch[lost[0]]} for'
-        f' {names[lost[0]]!r} of shape {np.shape(arrays[lost[0]])}, and no other leaf'
-        ' has one; batch axes index layers or experts, and a single matrix needs none.'
-      )
+    if not any(filtered for filtered, _ in found):
+      # Where the rule would take a leaf as a whole, the batch axes are to blame.
+      whole = default_rule(names, [np.shape(x) for x in arrays])
+      for i, (filtered, _) in enumerate(whole):
+        if filtered:
+          raise ValueError(
+            f'batch_axes must leave a matrix to filter, got {batch[i]} for {names[i]!r}'
+            f' of shape {np.shape(arrays[i])}, and no other leaf has one; batch axes'
+            ' index layers or experts, and a single matrix needs none.'
+          )
     return found
   if not callable(leaves):
     raise TypeError(

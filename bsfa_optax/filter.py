@@ -116,9 +116,9 @@ def bsfa(
 
   def apply(layout, vector, memory, count):
     given = {'alpha': alpha, 'gamma': gamma, 'exponent': exponent}
-    options = [_learned.value(name, x, count) for name, x in given.items()]
+    f = _multipliers(*[_learned.value(name, x, count) for name, x in given.items()])
     found = chosen.decompose(layout, vector, memory)
-    filtered = _base.filtered(_multipliers(*options), layout, vector, found)
+    filtered = _base.filtered(f, layout, vector, found)
     if grafting:  # with alpha = 0, what is left of a block may be rounding alone
       filtered = _vectors.with_norm_of(layout, filtered, vector, rounding=1e3)
     fraction = _base.dominant_fraction(layout, vector, found)

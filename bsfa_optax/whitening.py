@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import functools
-import itertools
 import math
 import string
 from typing import Any, NamedTuple
 
 import jax
-from jax.lax import Precision
 import jax.numpy as jnp
 import optax
 
@@ -163,23 +161,35 @@ def scale_by_whitening(
   def learn(layout, vector, memory, count, params, **extra_args):
     del params, extra_args
     e = _learned.value('ridge', ridge, count)
-    refresh = lambda layout, vector, memory: _refreshed(
-      layout, decay, e, block_size, distribute_over, vector, memory
-    )
     memory = list(memory)
     turns = _turns(layout, block_size)
     for turn, members in enumerate(turns):
       # No step pays for all: each group of parts has its own within an interval.
       news = jax.lax.cond(
         _learned.is_due(count, interval, turn / len(turns)),
-        functools.partial(refresh, layout.only(members)),
-        lambda vector, memory: memory,
+        functools.partial(refresh, layout.only(members), e),
+        _learned.keep,
         [vector[i] for i in members],
         [memory[i] for i in members],
       )
       for i, new in zip(members, news, strict=True):
         memory[i] = new
     return tuple(memory)
+
+  def refresh(layout, e, vector, memory):
+    moments = layout.map(functools.partial(_moments, block_size), vector)
+    news = jax.tree.map(
+      lambda packed, x: decay * _covariance(packed) + (1 - decay) * _relative(x),
+      memory,
+      layout.sum_over_shards(moments),
+    )
+    sides = [side for part in layout.parts for side in _sides(part, block_size)]
+    covariances, structure = jax.tree.flatten(news)
+    regular = [_regular(c, s, e) for c, s in zip(covariances, sides, strict=True)]
+    # All sides of one size are one batch.
+    roots = _linalg.by_size(_roots.inverse_square_root, regular, distribute_over)
+    renewed = map(_renewed, jax.tree.leaves(memory), covariances, roots)
+    return jax.tree.unflatten(structure, list(renewed))
 
   def apply(layout, vector, memory, count):
     del count
@@ -288,40 +298,6 @@ def _unlearnt(part: Part, side: Side) -> jax.Array:
   return jnp.tile(packed, (*part.batch_shape, side.blocks, 1, 1))
 
 
-def _refreshed(
-  layout: Layout,
-  decay: float,
-  ridge: Any,
-  block_size: int,
-  distribute_over: str | None,
-  vector: _vectors.Vector,
-  memory: Any,
-) -> Any:
-  """The memory after one more update, with new roots."""
-  sides = [_sides(part, block_size) for part in layout.parts]
-  moments = [
-    [_moment(v, side, part) for side in own]
-    for part, own, v in zip(layout.parts, sides, vector, strict=True)
-  ]
-  totals = jax.tree.leaves(layout.sum_over_shards(moments))
-  old, structure = jax.tree.flatten(memory)
-  covariances = [
-    decay * _covariance(packed) + (1 - decay) * _relative(moment)
-    for packed, moment in zip(old, totals, strict=True)
-  ]
-  regular = [
-    _regular(covariance, side, ridge)
-    for covariance, side in zip(covariances, itertools.chain(*sides), strict=True)
-  ]
-  # All sides of one size are one batch.
-  roots = _linalg.by_size(_roots.inverse_square_root, regular, distribute_over)
-  news = [  # a root that is not finite leaves the old one, and its covariance
-    jnp.where(jnp.isfinite(r).all((-2, -1), keepdims=True), _packed(c, r), packed)
-    for c, r, packed in zip(covariances, roots, old, strict=True)
-  ]
-  return jax.tree.unflatten(structure, news)
-
-
 def _relative(moment: jax.Array) -> jax.Array:
   """A second moment over its trace, `(*batch, blocks, n, n)`."""
   trace = _trace(moment)
@@ -372,18 +348,18 @@ def _letters(x: jax.Array, side: Side, part: Part) -> tuple[str, str, str, str]:
   return letters, batch, letters[side.axis], letters[side.axis + 1]
 
 
-def _moment(x: jax.Array, side: Side, part: Part) -> jax.Array:
-  """Sum of outer products of the fibres along a side, `-> (*batch, blocks, n, n)`."""
-  x = _in_blocks(x.astype(_vectors.accumulator(x.dtype)), side)
-  letters, batch, block, entry = _letters(x, side, part)
-  moment = jnp.einsum(
-    f'{letters},{letters.replace(entry, "z")}->{batch}{block}{entry}z',
-    x,
-    x,
-    precision=Precision.HIGHEST,  # its rounding is the floor of the root's error
-    out_sharding=_vectors.sharding_of(x, [None] * (len(batch) + 3)),
-  )
-  return moment
+def _moments(block_size: int, part: Part, x: jax.Array) -> tuple[jax.Array, ...]:
+  """Sums of outer products of the fibres along each side, `(*batch, blocks, n, n)`."""
+  x = x.astype(_vectors.accumulator(x.dtype))
+
+  def moment(side):
+    cut = _in_blocks(x, side)
+    letters, batch, block, entry = _letters(cut, side, part)
+    subscripts = f'{letters},{letters.replace(entry, "z")}->{batch}{block}{entry}z'
+    # At full precision: its rounding is the floor of the root's error.
+    return _vectors.product(subscripts, cut, cut, [None] * (len(batch) + 3))
+
+  return tuple(map(moment, _sides(part, block_size)))
 
 
 def _multiplied(x: jax.Array, root: jax.Array, side: Side, part: Part) -> jax.Array:
@@ -408,6 +384,12 @@ def _packed(covariance: jax.Array, root: jax.Array) -> jax.Array:
   """`(..., n, n)` twice `-> (..., n, n + 1)`: below, and above the diagonal."""
   pad = lambda x, *columns: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [columns])
   return jnp.tril(pad(covariance, 0, 1)) + jnp.triu(pad(root, 1, 0), 1)
+
+
+def _renewed(packed: jax.Array, covariance: jax.Array, root: jax.Array) -> jax.Array:
+  """What to keep of a refresh: the old pair where the root is not finite."""
+  finite = jnp.isfinite(root).all((-2, -1), keepdims=True)
+  return jnp.where(finite, _packed(covariance, root), packed)
 
 
 def _covariance(packed: jax.Array) -> jax.Array:
