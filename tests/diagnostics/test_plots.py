@@ -133,6 +133,7 @@ def test_plots_without_matplotlib_say_what_to_install(monkeypatch):
     diagnostics.plot_overlap(STEPS, np.zeros((4, 1)))
 
 
+@pytest.mark.slow
 def test_import_takes_no_matplotlib():
   program = f'import sys; sys.path[:] = {sys.path!r}\n'
   program += 'import bsfa_optax.diagnostics; print("matplotlib" in sys.modules)'

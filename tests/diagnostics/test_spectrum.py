@@ -73,20 +73,30 @@ ESTIMATORS = {  # and the number of directions in the two blocks
 }
 
 
-@pytest.mark.parametrize('name', ESTIMATORS)
+@pytest.mark.parametrize(
+  'name',
+  [pytest.param(k, marks=[] if k == 'dct' else [pytest.mark.slow]) for k in ESTIMATORS],
+)
 def test_spectrum_is_what_the_filter_sees(name):
   """The variances handed to f, once for every principal direction."""
   params = make_params({'a': (3, 4), 'c': (2, 3)})
   estimator, counts = ESTIMATORS[name]
-  memory, seen = learned(estimator, params), []
+  memory = learned(estimator, params)
   layout = estimator.layout(params)
 
-  def f(variance, dominant):
-    seen.append(np.asarray(variance))
-    return jnp.ones_like(variance)
+  @jit
+  def variances(params, memory):
+    seen = []
 
-  vector = layout.select(params)
-  _base.filtered(f, layout, vector, estimator.decompose(layout, vector, memory))
+    def f(variance, dominant):
+      seen.append(variance)
+      return jnp.ones_like(variance)
+
+    vector = layout.select(params)
+    _base.filtered(f, layout, vector, estimator.decompose(layout, vector, memory))
+    return seen
+
+  seen = [np.asarray(x) for x in variances(params, memory)]
   # First that of the rest; then one array for each block, or one with a row for each.
   rows = seen[1] if len(seen) == 2 else seen[1:]
   found = diagnostics.spectrum(estimator, memory, params)
@@ -107,6 +117,7 @@ def test_spectrum_before_a_refresh_is_zero():
     assert none == []
 
 
+@pytest.mark.slow
 def test_spectrum_of_blocks_in_a_leaf_and_of_joined_leaves():
   params = make_params({'a': (3, 4), 'b': (5,), 'layers': (4, 2, 3)})
   batch_axes = {'a': None, 'b': None, 'layers': 1}

@@ -110,6 +110,7 @@ def quadratic(tx, learning_rate, steps=1000):
   return jit(lambda x, noise: jax.lax.scan(step, (x, state), noise)[1])(x, noise)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'options', [{'decay': 0.9}, {'decay': 0.0, 'refresh_every': 2}]
 )
@@ -181,6 +182,7 @@ FILTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FILTERS)
 @pytest.mark.parametrize('base', BASES)
 def test_network_ends_at_a_lower_loss(base, name):

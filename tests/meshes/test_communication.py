@@ -45,7 +45,7 @@ SLOW = pytest.mark.slow
 @SLOW
 @pytest.mark.parametrize(
   ('solver', 'kind', 'count'),
-  [('gram', 'explicit', 4), ('gram', 'auto', 4), ('randomized', 'explicit', 7)],
+  [('gram', 'auto', 4), ('randomized', 'explicit', 7)],
 )
 def test_pca_communicates_small_sums_only(solver, count, kind):
   tx = bsfa(estimator=pca(rank=2, history=4, solver=solver))
@@ -57,14 +57,10 @@ def test_pca_communicates_small_sums_only(solver, count, kind):
   assert len(collectives(tx, [(8, 8)] * 3, P('fsdp'), kind)) == count
 
 
+@SLOW
 @pytest.mark.parametrize(
   ('name', 'kind'),
-  [('whitening', 'explicit'), pytest.param('whitening', 'auto', marks=SLOW)]
-  + [
-    pytest.param(name, kind, marks=SLOW)
-    for name in ('bsfa_adamw', 'dct')
-    for kind in MESHES
-  ],
+  [('whitening', 'explicit'), ('bsfa_adamw', 'auto'), ('dct', 'explicit')],
 )
 def test_along_whole_axes_there_are_all_reduces_alone(name, kind):
   tx = {
@@ -73,12 +69,12 @@ def test_along_whole_axes_there_are_all_reduces_alone(name, kind):
     'dct': bsfa(estimator=dct(2, axes=1)),
   }[name]
   few = collectives(tx, [(8, 6)] * 2, P('fsdp'), kind)
-  many = collectives(tx, [(8, 6)] * 8, P('fsdp'), kind)
+  many = collectives(tx, [(8, 6)] * 4, P('fsdp'), kind)
   longer = collectives(tx, [(64, 6)] * 2, P('fsdp'), kind)
   assert {name for name, _ in few + many} == {'all-reduce'}
   assert len(many) == len(few) <= 4  # finite; two norms, or energies; moments
   assert longer == few
-  assert max(size for _, size in many) <= 8 * 36
+  assert max(size for _, size in many) <= 4 * 36
 
 
 @SLOW
@@ -111,14 +107,12 @@ def test_roots_are_shared_out_over_an_axis_of_the_mesh_in_use():
 
 
 @SLOW
-@pytest.mark.parametrize('kind', MESHES)
-def test_kronecker_along_whole_axes_sends_small_sums_only(kind):
+@pytest.mark.parametrize(('n', 'rows'), [(1, 8), (3, 64)])
+def test_kronecker_along_whole_axes_sends_small_sums_only(n, rows):
   tx = bsfa(estimator=kronecker(axes=1))
-  found = {n: collectives(tx, [(8, 6)] * n, P('fsdp'), kind) for n in (1, 3, 6)}
-  for n in found:
-    # Is the update finite; norms; second moments at a refresh.
-    assert found[n] == sorted([('all-reduce', s) for s in (1, 2 * n, 36 * n)])
-    assert found[n] == collectives(tx, [(64, 6)] * n, P('fsdp'), kind)
+  # Is the update finite; norms; second moments at a refresh.
+  expected = sorted([('all-reduce', s) for s in (1, 2 * n, 36 * n)])
+  assert collectives(tx, [(rows, 6)] * n, P('fsdp')) == expected
 
 
 @SLOW
@@ -155,7 +149,6 @@ def test_kronecker_communicates_along_sharded_factors_only(spec):
   ('options', 'share'),
   [
     ({'rank': 3, 'history': 24, 'decay': 0.0, 'solver': 'gram'}, 0.5),
-    ({'rank': 4, 'history': 48, 'decay': 0.0, 'solver': 'randomized'}, 0.8),
     ({'rank': 16, 'history': 8}, 0.9),
   ],
 )

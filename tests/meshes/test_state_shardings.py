@@ -13,8 +13,6 @@ from bsfa_optax import bsfa, bsfa_adamw, kronecker, pca, scale_by_whitening
 from bsfa_optax.state import abstract_state, state_shardings
 
 pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
-
-FAST = ('chain', 'explicit')
 MESHES = {'explicit': AxisType.Explicit, 'auto': AxisType.Auto}
 
 
@@ -37,12 +35,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize(
-  ('wrapper', 'kind'),
-  [
-    pytest.param(x, kind, marks=[] if (x, kind) == FAST else [pytest.mark.slow])
-    for x in WRAPPERS
-    for kind in MESHES
-  ],
+  ('wrapper', 'kind'), [('chain', 'auto'), *((x, 'explicit') for x in WRAPPERS)]
 )
 def test_state_shardings(wrapper, kind, standard_promotion):
   tx = WRAPPERS[wrapper](bsfa(estimator=pca(rank=3, history=4)))
@@ -63,12 +56,6 @@ def test_state_shardings(wrapper, kind, standard_promotion):
   with jax.set_mesh(mesh):
     state = jax.jit(tx.init, out_shardings=shardings)(params)
     assert jax.tree.map(lambda x: x.sharding, state) == shardings
-    _, after = jax.jit(tx.update)(params, state, params)
-    jax.tree.map(
-      lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(s)),
-      after,
-      shardings,
-    )
   assert shardings == state_shardings(tx, shapes_of(params), named)
   target = abstract_state(tx, shapes_of(params), named)
   assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), target) == jax.tree.map(
