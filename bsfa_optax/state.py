@@ -335,9 +335,10 @@ def temporary_bytes(
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
-    >>> from bsfa_optax.state import temporary_bytes
+    >>> from bsfa_optax.state import state_bytes, temporary_bytes
     >>> params = {'kernel': jax.ShapeDtypeStruct((128, 128), jnp.float32)}
-    >>> temporary_bytes(optax.adam(1e-3), params) < 1000
+    >>> tx = optax.adam(1e-3)
+    >>> temporary_bytes(tx, params) < state_bytes(tx, params)
     True
   """
   _check.transformation('tx', tx)
@@ -375,7 +376,7 @@ def abstract_state(
     >>> tx = bsfa_optax.bsfa(estimator=bsfa_optax.pca(rank=2, history=4))
     >>> target = abstract_state(tx, {'kernel': kernel})
     >>> target.memory.basis['kernel'].rows
-    ShapeDtypeStruct(shape=(2, 8, 4), dtype=float32, sharding=NamedSharding(...))
+    ShapeDtypeStruct(shape=(2, 8, 4), dtype=bfloat16, sharding=NamedSharding(...))
   """
   _check.transformation('tx', tx)
   state = jax.eval_shape(tx.init, params)
@@ -500,7 +501,7 @@ def state_format(state: optax.OptState) -> dict[str, Any]:
     >>> tx = bsfa_optax.bsfa(estimator=bsfa_optax.pca(rank=2, history=4))
     >>> saved = state_format(tx.init(jnp.ones((3, 5))))
     >>> saved['leaves']['memory/basis/rows']
-    'float32[2,3,5]'
+    'bfloat16[2,3,5]'
   """
   leaves = {}
   for path, x in jax.tree_util.tree_leaves_with_path(state):
@@ -536,7 +537,7 @@ def check_state_format(saved: dict[str, Any], state: optax.OptState) -> None:
     >>> check_state_format(saved, state)
     Traceback (most recent call last):
     ValueError: the checkpoint is of an optimizer with other options ...
-      memory/basis/rows: saved float32[2,3,5], expected float32[3,3,5]
+      memory/basis/rows: saved bfloat16[2,3,5], expected bfloat16[3,3,5]
       memory/variance: saved float32[1,2], expected float32[1,3]
   """
   if not isinstance(saved, dict) or not isinstance(saved.get('leaves'), dict):
