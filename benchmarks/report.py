@@ -225,6 +225,25 @@ def equal_rate_table(of: Study) -> str:
   )
 
 
+def rates_table(studies: list[Study]) -> str:
+  """AdamW and the default at AdamW's best rate, and at about a third of it."""
+  rows = []
+  for of in studies:
+    best, own = of.best_rate('adamw'), of.best_rate('bsfa')
+    if best is None or own is None:
+      continue
+    common = of.runs['adamw'].keys() & of.runs['bsfa'].keys()
+    lower = [rate for rate in common if rate < best / math.sqrt(2)]
+    third = min(lower, key=lambda rate: abs(math.log(3 * rate / best)), default=None)
+    row = [f'`{of.name}`']
+    for rate in (best, third):
+      row.append(f'{rate:g}' if rate else '-')
+      row += [spread(of.scores(name, rate).values()) for name in ('adamw', 'bsfa')]
+    rows.append([*row, f'{own:g}'])
+  head = ['task', "AdamW's best rate", '`adamw`', '`bsfa`', 'a third of it']
+  return markdown([*head, '`adamw`', '`bsfa`', "BSFA's best rate"], rows)
+
+
 def headline_table(studies: list[Study]) -> str:
   """Muon and BSFA on the tasks where AdamW has other lengths."""
   head = ['task', "Muon, to AdamW's loss", "**BSFA, to AdamW's loss**"]
@@ -539,6 +558,11 @@ def pages(studies: list[Study]) -> dict[str, str]:
   lacks = '\n'.join(f'- {gap}' for gap in gaps(studies))
   return {one.name: task_page(one) for one in studies} | {
     'headline': page('Speed-ups', headline_table(studies)),
+    'rates': page(
+      "At AdamW's learning rate",
+      'Final loss at the rate that is best for AdamW, and at about a third of it.',
+      rates_table(studies),
+    ),
     'missing': page('Not measured yet', lacks or 'Nothing.'),
   }
 

@@ -38,4 +38,4 @@ def test_default_costs_at_most_3_percent_of_a_training_step(standard_promotion):
   params = shape.params()
   tx = cost.OPTIMIZERS['bsfa']()
   found = counted(tx.update, params, jax.eval_shape(tx.init, params), params)
-  assert found.amortised < 0.03 * shape.training_operations(cost.TOKENS)
+  assert found.amortised() < 0.03 * shape.training_operations(cost.TOKENS)
