@@ -454,10 +454,11 @@ def second_moments(
 
   def moments(part, x, own_axes):
     letters, batch = _letters(x.ndim, part.batch_axes)
+    split = [spec_of(x)[axis] for axis in part.batch_axes]
     found = []
     for own in map(letters.__getitem__, own_axes):
-      other = letters.replace(own, 'z')
-      found.append(replicate(product(f'{letters},{other}->{batch}{own}z', x, x)))
+      subscripts = f'{letters},{letters.replace(own, "z")}->{batch}{own}z'
+      found.append(replicate(product(subscripts, x, x, [*split, None, None])))
     return tuple(found)
 
   return layout.sum_over_shards(layout.map(moments, vector, axes))
