@@ -95,9 +95,9 @@ class Layout:
   @property
   def dtype(self) -> Any:
     """The dtype of numbers of blocks: that of the widest leaf, at least float32."""
-    return np.result_type(
-      np.float32, *[leaf.dtype for part in self.parts for leaf in part.leaves]
-    )
+    leaves = [leaf for part in self.parts for leaf in part.leaves]
+    # Widened one by one: NumPy has no dtype for bfloat16 and float16 together.
+    return np.result_type(np.float32, *[accumulator(leaf.dtype) for leaf in leaves])
 
   def only(self, members: Sequence[int]) -> Layout:
     """The layout of some parts alone, without blocks."""
