@@ -95,9 +95,9 @@ class Layout:
   @property
   def dtype(self) -> Any:
     """The dtype of numbers of blocks: that of the widest leaf, at least float32."""
-    return np.result_type(
-      np.float32, *[leaf.dtype for part in self.parts for leaf in part.leaves]
-    )
+    leaves = [leaf for part in self.parts for leaf in part.leaves]
+    # Widened one by one: NumPy has no dtype for bfloat16 and float16 together.
+    return np.result_type(np.float32, *[accumulator(leaf.dtype) for leaf in leaves])
 
   def only(self, members: Sequence[int]) -> Layout:
     """The layout of some parts alone, without blocks."""
@@ -454,10 +454,11 @@ def second_moments(
 
   def moments(part, x, own_axes):
     letters, batch = _letters(x.ndim, part.batch_axes)
+    split = [spec_of(x)[axis] for axis in part.batch_axes]
     found = []
     for own in map(letters.__getitem__, own_axes):
-      other = letters.replace(own, 'z')
-      found.append(replicate(product(f'{letters},{other}->{batch}{own}z', x, x)))
+      subscripts = f'{letters},{letters.replace(own, "z")}->{batch}{own}z'
+      found.append(replicate(product(subscripts, x, x, [*split, None, None])))
     return tuple(found)
 
   return layout.sum_over_shards(layout.map(moments, vector, axes))
