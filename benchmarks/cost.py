@@ -304,9 +304,10 @@ def write(store: Store, docs: Path) -> None:
   text = report.page(
     'Cost',
     f'Operations of an update over those of a training step of {TOKENS:,} tokens, one'
-    ' refresh in five updates (SOAP: in one, and in ten); bytes of state and peak temporary bytes of the'
-    ' compiled update (on CPU), for each parameter; CPU seconds to trace and compile.'
-    ' Of the 7B model `kronecker` factors no axis, as all are longer than its limit.',
+    ' refresh in five updates (SOAP: in one, and in ten); bytes of state and peak'
+    ' temporary bytes of the compiled update (on CPU), for each parameter; CPU seconds'
+    ' to trace and compile. Of the 7B model `kronecker` factors no axis, as all are'
+    ' longer than its limit.',
     of_models,
     'Milliseconds of an update of one square matrix, medians, measured in turns on'
     f' {widths[0]["machine"]["device_kind"]}, and of the products of a training step'
