@@ -45,7 +45,7 @@ SLOW = pytest.mark.slow
 @SLOW
 @pytest.mark.parametrize(
   ('solver', 'kind', 'count'),
-  [('gram', 'auto', 4), ('randomized', 'explicit', 7)],
+  [('gram', 'auto', 5), ('randomized', 'explicit', 8)],
 )
 def test_pca_communicates_small_sums_only(solver, count, kind):
   tx = bsfa(estimator=pca(rank=2, history=4, solver=solver))
