@@ -301,8 +301,8 @@ def label(task: Task) -> str:
 # Figures.
 
 
-def plot_sweep(of: Study, path: Path) -> None:
-  figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
+def draw_sweep(axes: plt.Axes, of: Study) -> None:
+  """Final loss over the learning rate, mean over the seeds."""
   for contender in of.contenders:
     points = [
       (rate, statistics.fmean(scores))
@@ -313,14 +313,10 @@ def plot_sweep(of: Study, path: Path) -> None:
       axes.plot(
         *zip(*points, strict=True), 'o-', color=COLOURS[contender], label=contender
       )
-  axes.set(
-    xscale='log', xlabel='learning rate', ylabel=label(of.task), title=of.task.title
-  )
+  axes.set(xscale='log', xlabel='learning rate', ylabel=label(of.task))
   low, high = axes.get_ylim()
   if high > 4 * max(low, 0):  # the differences are at the bottom
     axes.set_yscale('log')
-  figure.legend(loc='outside right upper')
-  drawing.save(figure, path)
 
 
 def draw_curves(axes: plt.Axes, of: Study, contenders: list[str], timed: bool = False):
@@ -349,11 +345,13 @@ def draw_curves(axes: plt.Axes, of: Study, contenders: list[str], timed: bool = 
   axes.set_xlabel("time, in AdamW's steps" if timed else 'step')
 
 
-def plot_curves(of: Study, path: Path) -> None:
-  figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
-  draw_curves(axes, of, of.contenders)
-  axes.set(ylabel='train loss', title=of.task.title)
-  figure.legend(loc='outside right upper')
+def plot_task(of: Study, path: Path) -> None:
+  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout='constrained')
+  draw_curves(left, of, of.contenders)
+  left.set_ylabel('train loss')
+  draw_sweep(right, of)
+  figure.legend(*right.get_legend_handles_labels(), loc='outside right upper')
+  figure.suptitle(of.task.title, fontsize='medium')
   drawing.save(figure, path)
 
 
@@ -505,7 +503,7 @@ def has_variants(of: Study) -> bool:
 
 def task_page(of: Study) -> str:
   parts = ['At the best learning rate of each:', tuned_table(of)]
-  parts.append(f'![Loss curves](../figures/curves-{of.name}.svg)')
+  parts.append(f'![Loss over steps, and over learning rates](../figures/{of.name}.svg)')
   if of.best_rate('adamw') is not None:
     parts += [
       "At **equal** learning rate, AdamW's best, which says little about contenders\n"
@@ -521,7 +519,6 @@ def task_page(of: Study) -> str:
       f'![Sensitivity](../figures/sensitivity-{of.name}.svg)',
     ]
   parts += ['All learning rates, that of the tables above in bold:', sweep_table(of)]
-  parts.append(f'![Learning rates](../figures/sweep-{of.name}.svg)')
   return page(f'{of.name}: {of.task.title}, {of.task.steps} steps', *parts)
 
 
@@ -536,8 +533,7 @@ def gaps(studies: list[Study]) -> list[str]:
 
 def plot(studies: list[Study], figures: Path) -> None:
   for one in studies:
-    plot_sweep(one, figures / f'sweep-{one.name}.svg')
-    plot_curves(one, figures / f'curves-{one.name}.svg')
+    plot_task(one, figures / f'{one.name}.svg')
     if has_variants(one):
       plot_sensitivity(one, figures / f'sensitivity-{one.name}.svg')
     if one.name == LANDING:

@@ -107,7 +107,7 @@ def test_page_of_a_task_has_its_tables(study, docs, folders):
   assert sweep[2][2] == 'diverged'
   assert rows_of(page, 'muon')[0][4] == '>1.00 ± 0.00x'
   assert rows_of(page, 'sgdm')[0][3:6] == ['<0.50 ± 0.00x', '-', '<1.00 ± 0.00x']
-  names = {'sweep-tiny.svg', 'curves-tiny.svg', 'speed-ups.svg'}
+  names = {'tiny.svg', 'speed-ups.svg'}
   assert {path.name for path in (docs / 'figures').iterdir()} == names
   linked = re.findall(r'\]\((.*?\.svg)\)', page)
   assert linked
