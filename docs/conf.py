@@ -15,7 +15,6 @@ extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 3
 nb_execution_mode = 'off'  # outputs are those of the run that is in the notebook
-suppress_warnings = ['mystnb.unknown_mime_type']
 default_role = 'py:obj'
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'none'  # the docstrings say it in words
