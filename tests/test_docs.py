@@ -3,16 +3,22 @@
 import doctest
 import functools
 from importlib.util import find_spec
+import json
 import pathlib
 import re
 
+import matplotlib
 import pytest
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
 
 import bsfa_optax
 from bsfa_optax import diagnostics, estimators, low_rank, projected, state
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+NOTEBOOKS = sorted((ROOT / 'docs' / 'tutorials').glob('*.ipynb'))
 # Described where they are returned.
 NO_EXAMPLES = {
   'bsfa_optax.state.Summary',
@@ -134,3 +140,18 @@ def test_links_of_page_lead_somewhere(page):
   """README's are absolute, as it is shown elsewhere too."""
   links = [a or b for a, b in LINK.findall(page.read_text())]
   assert [link for link in links if not leads_somewhere(link, page)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.usefixtures('standard_promotion')
+def test_notebook_runs(notebook, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('TUTORIAL_STEPS', '3')
+  namespace = {'__name__': '__main__'}
+  for number, cell in enumerate(json.loads(notebook.read_text())['cells']):
+    if cell['cell_type'] == 'code':
+      code = ''.join(cell['source'])
+      exec(compile(code, f'{notebook.name}, cell {number}', 'exec'), namespace)
+  assert len(plt.get_fignums()) >= 4
+  plt.close('all')

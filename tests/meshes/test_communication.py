@@ -10,7 +10,16 @@ from jax.sharding import AxisType, NamedSharding
 import numpy as np
 import pytest
 
-from bsfa_optax import bsfa, bsfa_adamw, dct, kronecker, pca, scale_by_whitening
+from bsfa_optax import (
+  bsfa,
+  bsfa_adamw,
+  dct,
+  diagnostics,
+  estimators,
+  kronecker,
+  pca,
+  scale_by_whitening,
+)
 from bsfa_optax.state import abstract_state
 
 pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
@@ -180,3 +189,33 @@ def test_donated_step_has_no_second_copy_of_the_stacks(options, share):
 def _tuple_bytes(*trees):
   """Bytes of the pointers in a compiled function's tuple of results."""
   return 8 * len(jax.tree.leaves(trees))
+
+
+@SLOW
+def test_diagnostics_send_small_sums_only():
+  mesh = jax.make_mesh((4,), ('x',), axis_types=(AxisType.Explicit,))
+
+  def measure(params, a, b, key):
+    layout = estimators.layout(params)
+    outputs = lambda p: jnp.stack([jnp.sin(p).sum(), (p**3).sum()])
+    loss = lambda z: jnp.sum(z**2)
+    hessian = diagnostics.hessian_top_k(lambda p: loss(outputs(p)), params, 2, layout)
+    curvature = diagnostics.curvature_energy(
+      outputs, loss, params, a, layout, key=key, samples=3
+    )
+    overlap = diagnostics.subspace_overlap(a, b, layout)
+    return overlap, diagnostics.principal_angles(a, b, layout), hessian, curvature
+
+  def sent(rows):
+    with jax.set_mesh(mesh):
+      like = lambda shape, spec: jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=NamedSharding(mesh, spec)
+      )
+      stack = like((3, rows, 6), P(None, 'x'))
+      arguments = like((rows, 6), P('x')), stack, stack, jax.random.key(0)
+      text = jax.jit(measure).lower(*arguments).compile(FAST).as_text()
+    return sorted(COLLECTIVE.findall(text))
+
+  found = sent(8)
+  assert {name for _, name in found} == {'all-reduce'}
+  assert found == sent(64)  # no more for a larger block
