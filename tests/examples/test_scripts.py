@@ -43,4 +43,4 @@ def test_example_learns(script):
   first, last = re.search(r'loss ([\d.]+) -> ([\d.]+)', output).groups()
   assert float(last) < 0.9 * float(first)
   if script == 'fsdp_tensor_parallel':
-    assert 'float32[5,3,32@fsdp,64@tensor]' in output
+    assert 'bfloat16[5,3,32@fsdp,64@tensor]' in output

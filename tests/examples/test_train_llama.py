@@ -179,7 +179,7 @@ def test_existing_run_is_kept(error_of, uninterrupted):
   error = error_of(*JOB, '--output', 'whole')
   assert '--output: whole has a run; give another or --resume' in error
   error = error_of(*JOB, '--output', 'whole', '--seed', '1', '--resume')
-  assert 'whole/adamw/00000130.ckpt has other options' in error
+  assert f'whole/muon/{STEPS:08}.ckpt has other options' in error
   assert '--seed 0' in error
   assert results(uninterrupted[2]) == before
 
