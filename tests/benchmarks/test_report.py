@@ -136,7 +136,10 @@ def test_report_twice_gives_the_same_bytes(study, docs, folders):
   assert files(docs) == before
 
 
-def test_report_of_compact_files_has_the_same_tables(study, docs, folders, store):
+def test_report_of_compact_files_has_the_same_tables(
+  study, docs, folders, store, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)  # where no single results are
   main(['report', *folders, '--docs', str(docs)])
   before = files(docs / 'tables')
   main(['collect', *folders])
