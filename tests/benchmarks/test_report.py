@@ -137,13 +137,14 @@ def test_report_twice_gives_the_same_bytes(study, docs, folders):
 
 
 def test_report_of_compact_files_has_the_same_tables(
-  study, docs, folders, store, tmp_path, monkeypatch
+  study, docs, folders, store, tmp_path
 ):
-  monkeypatch.chdir(tmp_path)  # where no single results are
+  (tmp_path / 'none').mkdir()
   main(['report', *folders, '--docs', str(docs)])
   before = files(docs / 'tables')
   main(['collect', *folders])
-  main(['report', *folders[2:], '--docs', str(docs)])
+  single = ['--results', str(tmp_path / 'none')]
+  main(['report', *single, *folders[2:], '--docs', str(docs)])
   assert files(docs / 'tables') == before
 
 
