@@ -14,6 +14,7 @@ from pathlib import Path
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from types import ModuleType
@@ -21,6 +22,7 @@ from types import ModuleType
 from flax import serialization
 import jax
 import numpy as np
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
 STEPS = 300
@@ -80,6 +82,8 @@ class Process:
       for stream in (1, 2):
         os.dup2(log, stream)
       os.chdir(folder)
+      # Its own is shared by all that are forked, and one that is killed may hold it.
+      tqdm.set_lock(threading.RLock())
       if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
       status = status_of(main)
