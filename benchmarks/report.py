@@ -226,7 +226,7 @@ def equal_rate_table(of: Study) -> str:
 
 
 def rates_table(studies: list[Study]) -> str:
-  """AdamW and the default at AdamW's best rate, and at about a third of it."""
+  """AdamW and the default at AdamW's best rate, and at a lower one, at best a third."""
   rows = []
   for of in studies:
     best, own = of.best_rate('adamw'), of.best_rate('bsfa')
@@ -240,7 +240,7 @@ def rates_table(studies: list[Study]) -> str:
       row.append(f'{rate:g}' if rate else '-')
       row += [spread(of.scores(name, rate).values()) for name in ('adamw', 'bsfa')]
     rows.append([*row, f'{own:g}'])
-  head = ['task', "AdamW's best rate", '`adamw`', '`bsfa`', 'a third of it']
+  head = ['task', "AdamW's best rate", '`adamw`', '`bsfa`', 'a lower one']
   return markdown([*head, '`adamw`', '`bsfa`', "BSFA's best rate"], rows)
 
 
@@ -556,7 +556,8 @@ def pages(studies: list[Study]) -> dict[str, str]:
     'headline': page('Speed-ups', headline_table(studies)),
     'rates': page(
       "At AdamW's learning rate",
-      'Final loss at the rate that is best for AdamW, and at about a third of it.',
+      'Final loss at the rate that is best for AdamW, and at the one nearest to a third\n'
+      'of it that both were trained with.',
       rates_table(studies),
     ),
     'missing': page('Not measured yet', lacks or 'Nothing.'),
