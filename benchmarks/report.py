@@ -556,8 +556,8 @@ def pages(studies: list[Study]) -> dict[str, str]:
     'headline': page('Speed-ups', headline_table(studies)),
     'rates': page(
       "At AdamW's learning rate",
-      'Final loss at the rate that is best for AdamW, and at the one nearest to a third\n'
-      'of it that both were trained with.',
+      'Final loss at the rate that is best for AdamW, and at the one nearest to a\n'
+      'third of it that both were trained with.',
       rates_table(studies),
     ),
     'missing': page('Not measured yet', lacks or 'Nothing.'),
