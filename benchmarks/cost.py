@@ -264,11 +264,22 @@ def measure(store: Store, limit: float) -> Iterator[str]:
 
 def write(store: Store, docs: Path) -> None:
   """The page of the costs, and its figure; nothing without results."""
+  if texts := pages(store):
+    report.write_pages(docs, texts)
+    plot(_widths(store), docs / 'figures' / 'cost.svg')
+
+
+def _widths(store: Store) -> list[dict[str, Any]]:
   results = store.load(COLLECTION).values()
-  models = [r for r in results if 'model' in r]
-  widths = sorted((r for r in results if 'width' in r), key=lambda r: r['width'])
+  return sorted((r for r in results if 'width' in r), key=lambda r: r['width'])
+
+
+def pages(store: Store) -> dict[str, str]:
+  """The text of the page by its name; none without results."""
+  models = [r for r in store.load(COLLECTION).values() if 'model' in r]
+  widths = _widths(store)
   if not models or not widths:
-    return
+    return {}
   percent = lambda x: f'{100 * x:.2g} %' if x < 0.1 else f'{100 * x:.0f} %'
   of_models = report.markdown(
     [
@@ -315,8 +326,7 @@ def write(store: Store, docs: Path) -> None:
     of_widths,
     '![Time of an update over the training step](../figures/cost.svg)',
   )
-  report.write_pages(docs, {'cost': text})
-  plot(widths, docs / 'figures' / 'cost.svg')
+  return {'cost': text}
 
 
 def plot(widths: list[dict[str, Any]], path: Path) -> None:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import contenders, literature, report, runs
+from benchmarks import contenders, cost, literature, report, runs
 from benchmarks.__main__ import main
 from benchmarks.command_line import DOCS
 from benchmarks.store import Store
@@ -215,5 +215,5 @@ def test_worth_interpolates_in_log_steps():
 
 def test_committed_pages_are_those_of_the_results():
   store = Store(Path('none'))
-  made = report.pages(report.load(store)) | literature.pages(store)
+  made = report.pages(report.load(store)) | literature.pages(store) | cost.pages(store)
   assert made == {p.stem: p.read_text() for p in (DOCS / 'tables').glob('*.md')}
