@@ -12,9 +12,6 @@ import numpy as np
 LARGEST = float(np.finfo(np.float32).max)
 SMALLEST = float(np.finfo(np.float32).tiny)
 
-LARGEST = float(np.finfo(np.float32).max)
-SMALLEST = float(np.finfo(np.float32).tiny)
-
 
 def concrete(value: Any) -> float | None:
   """The Python float behind a scalar option; None if traced or a schedule."""

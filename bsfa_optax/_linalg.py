@@ -97,8 +97,7 @@ def _distributed(function: Callable, batch: jax.Array, mesh_axis: str) -> Any:
     )
   rows = -(-len(batch) // mesh.shape[mesh_axis]) * mesh.shape[mesh_axis]
   filled = batch[jnp.arange(rows) % len(batch)]  # each device has as many
-  if (sharding := _vectors.sharding_of(batch, (mesh_axis, None, None))) is not None:
-    filled = jax.sharding.reshard(filled, sharding)
+  filled = _vectors.resharded(filled, batch, (mesh_axis, None, None))
   share = jax.shard_map(
     function, in_specs=P(mesh_axis), out_specs=P(mesh_axis), axis_names={mesh_axis}
   )

@@ -111,7 +111,7 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
   state, found = _observed(tx, params)
   rows = [row for layout, memory, _ in found for row in _rows(layout, memory)]
   parameters = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
-  warnings = [w for observed in found for w in _warnings(observed, rows)]
+  warnings = [w for observed in found for w in _warnings(observed)]
   if not any(row.filtered for row in rows):
     warnings.append(
       'no leaf is filtered; say which are by leaves=lambda name, leaf: ...'
@@ -151,7 +151,7 @@ def _is_square(x: Any) -> bool:
   return x.ndim > 1 and x.shape[-1] - x.shape[-2] in (0, 1)
 
 
-def _warnings(observed: _leaves.Observed, rows: list[LeafSummary]) -> Iterator[str]:
+def _warnings(observed: _leaves.Observed) -> Iterator[str]:
   """Where the layout of a filter is probably not what is wanted."""
   layout, memory, _ = observed
   groups: dict[str, list[Leaf]] = {}

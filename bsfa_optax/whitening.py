@@ -281,14 +281,17 @@ def _sides(part: Part, block_size: int) -> tuple[Side, ...]:
 def _turns(layout: Layout, block_size: int) -> list[list[int]]:
   """The parts, by position, in at most five groups of about the same work."""
 
-  def work(i):
-    sides = _sides(layout.parts[i], block_size)
-    cubes = sum(side.blocks * side.size**3 for side in sides)
-    return math.prod(layout.parts[i].batch_shape) * cubes
+  def cost(part):
+    cubes = sum(side.blocks * side.size**3 for side in _sides(part, block_size))
+    return math.prod(part.batch_shape) * cubes
 
-  turns: list[list[int]] = [[] for _ in range(min(5, len(layout.parts)))]
-  for i in sorted(range(len(layout.parts)), key=work, reverse=True):
-    min(turns, key=lambda members: sum(map(work, members))).append(i)
+  costs = layout.map(cost)
+  turns: list[list[int]] = [[] for _ in range(min(5, len(costs)))]
+  totals = [0] * len(turns)
+  for i in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+    least = totals.index(min(totals))
+    turns[least].append(i)
+    totals[least] += costs[i]
   return turns
 
 
