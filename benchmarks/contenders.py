@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from benchmarks.soap import scale_by_soap
+from benchmarks.soap import soap_on
 from benchmarks.tasks import Task
 import bsfa_optax
 from bsfa_optax import estimators
@@ -54,15 +54,22 @@ def is_hidden(name: str, leaf: jax.Array) -> bool:
   return name.startswith('layers/') and leaf.ndim >= 2
 
 
+def are_hidden(params: Any) -> Any:
+  """`is_hidden` for each leaf of a tree."""
+  named = lambda path, leaf: is_hidden(
+    jax.tree_util.keystr(path, simple=True, separator='/'), leaf
+  )
+  return jax.tree.map_with_path(named, params)
+
+
 def _as_matrix(numbers: type) -> Callable[[Any], Any]:
   """Optax's way to say that the last axis of a hidden leaf is the output."""
 
-  def of(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
+  def of(leaf, hidden):
     last = leaf.ndim - 1
-    return numbers(tuple(range(last)), last) if is_hidden(name, leaf) else None
+    return numbers(tuple(range(last)), last) if hidden else None
 
-  return lambda params: jax.tree.map_with_path(of, params)
+  return lambda params: jax.tree.map(of, params, are_hidden(params))
 
 
 def adam(task: Task) -> optax.GradientTransformation:
@@ -106,19 +113,7 @@ def adams_metric(task: Task) -> optax.GradientTransformation:
 
 def soap(refresh_every: int) -> Direction:
   """SOAP with its authors' defaults on the hidden leaves, Adam on the others."""
-
-  def direction(task: Task) -> optax.GradientTransformation:
-    return optax.partition(
-      {True: scale_by_soap(refresh_every=refresh_every), False: adam(task)},
-      lambda params: jax.tree.map_with_path(
-        lambda path, leaf: is_hidden(
-          jax.tree_util.keystr(path, simple=True, separator='/'), leaf
-        ),
-        params,
-      ),
-    )
-
-  return direction
+  return lambda task: soap_on(are_hidden, adam(task), refresh_every)
 
 
 def galore(task: Task) -> optax.GradientTransformation:

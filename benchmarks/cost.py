@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import drawing, report
-from benchmarks.soap import scale_by_soap
+from benchmarks.soap import soap_on
 from benchmarks.store import Store
 import bsfa_optax
 
@@ -87,23 +87,15 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 def _soap(refresh_every: int) -> optax.GradientTransformation:
   """SOAP on the leaves that the default filters, Adam on the others."""
 
-  def filtered(params):
+  def is_filtered(params):
     numbers = bsfa_optax.muon_dimension_numbers(params)
-    return jax.tree.map(lambda n: n is not None, numbers, is_leaf=_is_numbers)
+    return jax.tree.map(lambda _, n: n is not None, params, numbers)
 
-  direction = optax.partition(
-    {True: scale_by_soap(refresh_every=refresh_every), False: optax.scale_by_adam()},
-    filtered,
-  )
   return optax.chain(
-    direction,
+    soap_on(is_filtered, optax.scale_by_adam(), refresh_every),
     optax.add_decayed_weights(1e-4),
     optax.scale_by_learning_rate(1e-3),
   )
-
-
-def _is_numbers(x: object) -> bool:
-  return x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
 
 
 class Operations(NamedTuple):
@@ -266,18 +258,19 @@ def write(store: Store, docs: Path) -> None:
   """The page of the costs, and its figure; nothing without results."""
   if texts := pages(store):
     report.write_pages(docs, texts)
-    plot(_widths(store), docs / 'figures' / 'cost.svg')
+    plot(_results(store)[1], docs / 'figures' / 'cost.svg')
 
 
-def _widths(store: Store) -> list[dict[str, Any]]:
+def _results(store: Store) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  """Those of models, and those of widths, ascending."""
   results = store.load(COLLECTION).values()
-  return sorted((r for r in results if 'width' in r), key=lambda r: r['width'])
+  widths = [r for r in results if 'width' in r]
+  return [r for r in results if 'model' in r], sorted(widths, key=lambda r: r['width'])
 
 
 def pages(store: Store) -> dict[str, str]:
   """The text of the page by its name; none without results."""
-  models = [r for r in store.load(COLLECTION).values() if 'model' in r]
-  widths = _widths(store)
+  models, widths = _results(store)
   if not models or not widths:
     return {}
   percent = lambda x: f'{100 * x:.2g} %' if x < 0.1 else f'{100 * x:.0f} %'

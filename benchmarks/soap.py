@@ -7,6 +7,7 @@ orthogonal iteration, by QR, at a refresh.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -85,6 +86,16 @@ def scale_by_soap(
     return jax.tree.unflatten(structure, out), state
 
   return optax.GradientTransformation(init, update)
+
+
+def soap_on(
+  is_chosen: Callable[[Any], Any],
+  others: optax.GradientTransformation,
+  refresh_every: int,
+) -> optax.GradientTransformation:
+  """SOAP on some leaves, told by a function of the parameters to a tree of booleans."""
+  chosen = scale_by_soap(refresh_every=refresh_every)
+  return optax.partition({True: chosen, False: others}, is_chosen)
 
 
 def _rotated(x: jax.Array, bases: list[jax.Array], back: bool = False) -> jax.Array:
