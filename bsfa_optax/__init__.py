@@ -16,12 +16,17 @@ from bsfa_optax.filter import (
   split_by_subspace,
 )
 from bsfa_optax.state import summary
-from bsfa_optax.whitening import muon_dimension_numbers, scale_by_whitening
+from bsfa_optax.whitening import (
+  muon_dimension_numbers,
+  scale_by_whitening,
+  WhiteningFactors,
+)
 
 __version__ = '0.1.0'
 
 __all__ = [
   'FilterState',
+  'WhiteningFactors',
   'accelerate',
   'bsfa',
   'bsfa_adafactor',

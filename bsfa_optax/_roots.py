@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 Polynomial = tuple[float, float, float]
 
-# From scripts/root_coefficients.py --condition 400 --steps 3: at most 0.7 % from the
-# root for condition numbers up to 400. Beyond, the flattest direction is amplified too
-# little, as by a larger ridge: by 6 % at 600, 16 % at 1,000, 40 % at 2,500.
+# From scripts/root_coefficients.py --condition 400 --steps 2: at most 22 % from the
+# root for condition numbers up to 400, and beyond too small in the flattest directions,
+# as by a larger ridge. A third step, (1.9270, -1.3066, 0.3807), leaves 0.7 % for nearly
+# twice the price, and trains no better (docs/experiments.md, 67).
 POLYNOMIALS: tuple[Polynomial, ...] = (
   (6.7524, -18.3510, 13.2633),
   (2.5379, -1.8747, 0.4413),
-  (1.9270, -1.3066, 0.3807),
 )
 
 
@@ -27,11 +27,11 @@ def inverse_square_root(
 
   Coupled iterates Y -> A^(1/2) and Z -> A^(-1/2), each step a polynomial P of E = Z Y:
   Z <- P Z, Y <- Y P. In this order rounding is not amplified; with E = Y Z it grows in
-  every step. Three steps are nine products, 18 n^3 operations.
+  every step. Two steps are five products, 10 n^3 operations, three are nine.
 
   The first step squares A, whose rounding is the floor of the error (8 % at a
-  condition of 458 if A is rounded to bfloat16): it is made at full precision. The
-  others correct themselves and have the platform's default, which is TF32 on GPUs and
+  condition of 458 if A is rounded to bfloat16): it is made at full precision. Later
+  ones correct themselves and have the platform's default, which is TF32 on GPUs and
   one pass of bfloat16 on TPUs; on CPU all is float32.
 
   References:

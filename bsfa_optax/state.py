@@ -30,7 +30,7 @@ class LeafSummary(NamedTuple):
     filtered: whether it is filtered.
     why: why it is, or is not.
     blocks: how many matrices it holds.
-    memory: shapes of what is remembered of one matrix.
+    memory: shapes of what is remembered of one matrix, but for single numbers.
     memory_bytes: bytes of that, for the whole leaf.
     operations: of a step in the products with these matrices, a fifth of a refresh
       included.
@@ -105,8 +105,8 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
     leaf             shape   filtered                 memory                bytes  share
     embed/embedding  64 x 8  no: table of embeddings  -                     -      -
     layers/0/bias    8       no: vector               -                     -      -
-    layers/0/kernel  8 x 8   yes                      1 x 8 x 9, 1 x 8 x 9  576    100%
-    state: 5,264 bytes, 9.0 a parameter
+    layers/0/kernel  8 x 8   yes                      1 x 8 x 9, 1 x 8 x 9  580    100%
+    state: 5,268 bytes, 9.0 a parameter
   """
   state, found = _observed(tx, params)
   rows = [row for layout, memory, _ in found for row in _rows(layout, memory)]
@@ -126,6 +126,7 @@ def _rows(layout: Layout, memory: Any) -> Iterator[LeafSummary]:
   for i, part in enumerate(layout.parts):
     arrays = jax.tree.leaves(memory[i]) if per_part else []
     shapes = tuple(x.shape[len(part.batch_axes) :] for x in arrays)
+    shapes = tuple(filter(None, shapes))
     totals = len(part.names), _bytes(arrays), _operations(part, arrays)
     blocks, size, operations = (total // len(part.leaves) for total in totals)
     for leaf in part.leaves:
@@ -138,17 +139,18 @@ def _rows(layout: Layout, memory: Any) -> Iterator[LeafSummary]:
 def _operations(part: Part, arrays: list[Any]) -> int:
   """Of the products with the square ones of a part's arrays; a fifth of a refresh.
 
-  A refresh takes a second moment and nine products for each of them.
+  A refresh takes a second moment and five products for each of them.
   """
-  squares = [x.shape for x in arrays if _is_square(x)]
+  squares = [x.shape for x in arrays if _is_square(part, x)]
   applied = sum(2 * math.prod(part.shape) * shape[-2] for shape in squares)
-  roots = sum(9 * 2 * math.prod(shape[:-1]) * shape[-2] ** 2 for shape in squares)
+  roots = sum(5 * 2 * math.prod(shape[:-1]) * shape[-2] ** 2 for shape in squares)
   return applied + (applied + roots) // 5
 
 
-def _is_square(x: Any) -> bool:
+def _is_square(part: Part, x: Any) -> bool:
   """Whether an array holds square matrices; the whitening's have a column more."""
-  return x.ndim > 1 and x.shape[-1] - x.shape[-2] in (0, 1)
+  own = x.shape[len(part.batch_axes) :]
+  return len(own) > 1 and own[-1] - own[-2] in (0, 1)
 
 
 def _warnings(observed: _leaves.Observed) -> Iterator[str]:
@@ -175,7 +177,7 @@ def _warnings(observed: _leaves.Observed) -> Iterator[str]:
   if type(memory) is tuple:
     for part, own in zip(layout.parts, memory, strict=True):
       wide = sum(part.shape[axis] > 1 for axis in part.inner_axes)
-      if sum(map(_is_square, jax.tree.leaves(own))) < min(wide, 2):
+      if sum(_is_square(part, x) for x in jax.tree.leaves(own)) < min(wide, 2):
         leaf = part.leaves[0]
         yield (
           f'{leaf.name}: an axis of {leaf.shape} has no factor; raise max_size or'

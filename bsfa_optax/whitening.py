@@ -20,6 +20,28 @@ from bsfa_optax import _check, _learned, _leaves, _linalg, _roots, _vectors
 from bsfa_optax._vectors import Layout, Part
 
 
+class WhiteningFactors(NamedTuple):
+  """Memory of `scale_by_whitening`: a `WhiteningFactors` for each part.
+
+  A part is a leaf, or all leaves that are alike behind a first axis: its batch.
+
+  Attributes:
+    packed: for each axis with a covariance an array `(*batch, blocks, n, n + 1)`,
+      float32, with the covariance on and below the diagonal and its inverse root
+      above: both are symmetric.
+    directions: how many carried the updates at the last refresh, float32 `(*batch,)`.
+
+  Examples:
+    >>> import bsfa_optax, jax.numpy as jnp
+    >>> state = bsfa_optax.scale_by_whitening().init({'kernel': jnp.ones((4, 6))})
+    >>> [x.shape for x in state.memory[0].packed]
+    [(1, 1, 4, 5), (1, 1, 6, 7)]
+  """
+
+  packed: tuple[jax.Array, ...]
+  directions: jax.Array
+
+
 def scale_by_whitening(
   ridge: optax.ScalarOrSchedule = 0.2,
   *,
@@ -49,7 +71,7 @@ def scale_by_whitening(
   the identity.
 
   There is no eigendecomposition. The inverse roots are polynomials of the covariances,
-  three steps of nine products in all, for all matrices of one size in one batch. Leaves
+  two steps of five products in all, for all matrices of one size in one batch. Leaves
   that are alike (the same matrix of every layer) are one array throughout, so that 100
   layers are traced and compiled as one.
 
@@ -95,16 +117,13 @@ def scale_by_whitening(
       By default none: a refresh then needs no gathering. Not for ``jax.shard_map``.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs` whose state is a `FilterState`. Its
-    `memory` has for each part (a leaf, or leaves alike behind a first axis) and for
-    each of its axes with a covariance an array ``(*batch, blocks, n, n + 1)``, float32,
-    with the covariance on and below the diagonal and its inverse root above: both are
-    symmetric. ``effective_directions`` is for each block the square of the covariance's
-    trace over the trace of its square: how many directions carry the updates. Updates
-    keep their shapes and dtypes. With the extra argument ``history``, a tree like the
-    updates, it learns from that, and filters the updates. An update that is not finite
-    in a filtered leaf passes through as it is, leaves no trace in `memory` and is
-    counted in ``skipped_updates``.
+    An `optax.GradientTransformationExtraArgs` whose state is a `FilterState`, with
+    `WhiteningFactors` as its `memory`. ``effective_directions`` is for each block the
+    square of the covariance's trace over the trace of its square: how many directions
+    carry the updates. Updates keep their shapes and dtypes. With the extra argument
+    ``history``, a tree like the updates, it learns from that, and filters the updates.
+    An update that is not finite in a filtered leaf passes through as it is, leaves no
+    trace in `memory` and is counted in ``skipped_updates``.
 
   Raises:
     ValueError: for an option out of range, with its name, value and remedy, and at
@@ -155,7 +174,10 @@ def scale_by_whitening(
     del params
     return _learned.for_each_part(
       layout,
-      lambda part: tuple(_unlearnt(part, side) for side in _sides(part, block_size)),
+      lambda part: WhiteningFactors(
+        tuple(_unlearnt(part, side) for side in _sides(part, block_size)),
+        jnp.zeros(part.batch_shape, jnp.float32),
+      ),
     )
 
   def learn(layout, vector, memory, count, params, **extra_args):
@@ -177,10 +199,11 @@ def scale_by_whitening(
     return tuple(memory)
 
   def refresh(layout, e, vector, memory):
+    packed = [factors.packed for factors in memory]
     moments = layout.map(functools.partial(_moments, block_size), vector)
     news = jax.tree.map(
       lambda packed, x: decay * _covariance(packed) + (1 - decay) * _relative(x),
-      memory,
+      packed,
       layout.sum_over_shards(moments),
     )
     sides = [side for part in layout.parts for side in _sides(part, block_size)]
@@ -188,23 +211,23 @@ def scale_by_whitening(
     regular = [_regular(c, s, e) for c, s in zip(covariances, sides, strict=True)]
     # All sides of one size are one batch.
     roots = _linalg.by_size(_roots.inverse_square_root, regular, distribute_over)
-    renewed = map(_renewed, jax.tree.leaves(memory), covariances, roots)
-    return jax.tree.unflatten(structure, list(renewed))
+    renewed = map(_renewed, jax.tree.leaves(packed), covariances, roots)
+    renewed = jax.tree.unflatten(structure, list(renewed))
+    # Counted here and kept, as counting costs as much as filtering.
+    directions = layout.map(_directions, renewed)
+    return [*map(WhiteningFactors, renewed, directions)]
 
   def apply(layout, vector, memory, count):
     del count
-    whitened, directions = [], []
-    for part, v, sides in zip(layout.parts, vector, memory, strict=True):
+    whitened = []
+    for part, v, factors in zip(layout.parts, vector, memory, strict=True):
       v = v.astype(_vectors.accumulator(v.dtype))
-      effective = jnp.ones(part.batch_shape, jnp.float32)
-      for side, packed in zip(_sides(part, block_size), sides, strict=True):
+      for side, packed in zip(_sides(part, block_size), factors.packed, strict=True):
         v = _multiplied(v, _root(packed).astype(v.dtype), side, part)
-        effective = effective * _effective_directions(packed)
       whitened.append(v)
-      directions.append(jnp.where(bool(sides), effective, 0))
     whitened = _vectors.with_norm_of(layout, whitened, vector)
-    measured = jnp.concatenate([d.reshape(-1) for d in directions])
-    return whitened, {'effective_directions': measured}
+    directions = [factors.directions.reshape(-1) for factors in memory]
+    return whitened, {'effective_directions': jnp.concatenate(directions)}
 
   return _learned.learned(
     layout_of, init, learn, apply, 'effective_directions', interval=interval
@@ -316,13 +339,14 @@ def _regular(covariance: jax.Array, side: Side, ridge: Any) -> jax.Array:
   return covariance / jnp.where(mean > 0, mean, 1) + ridge * eye
 
 
-def _effective_directions(packed: jax.Array) -> jax.Array:
-  """Of a covariance the trace's square over the trace of the square, `-> (*batch,)`."""
-  lower = jnp.tril(packed[..., :-1])
-  diagonal = jnp.diagonal(lower, axis1=-2, axis2=-1)
-  squares = 2 * jnp.square(lower).sum((-3, -2, -1)) - jnp.square(diagonal).sum((-2, -1))
-  trace = diagonal.sum((-2, -1))
-  return jnp.square(trace) / jnp.where(squares > 0, squares, 1)
+def _directions(part: Part, packed: Sequence[jax.Array]) -> jax.Array:
+  """The effective directions of each block, `(*batch,)`; 0 without a covariance."""
+  directions = jnp.full(part.batch_shape, float(bool(packed)), jnp.float32)
+  for covariance in map(_covariance, packed):
+    squares = jnp.square(covariance).sum((-3, -2, -1))
+    trace = jnp.trace(covariance, axis1=-2, axis2=-1).sum(-1)
+    directions *= jnp.square(trace) / jnp.where(squares > 0, squares, 1)
+  return directions
 
 
 def _trace(x: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ p(x) / x for an odd p(x) = a x + b x^3 + c x^5. The composition is best if each 
 the one closest to 1 on the interval in which the steps before it have left x (Amsel
 et al., "The Polar Express", https://arxiv.org/abs/2505.16932, 2025).
 
-Example: python scripts/root_coefficients.py --condition 400 --steps 3
+Example: python scripts/root_coefficients.py --condition 400 --steps 2
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--condition', type=float, default=400, metavar='K')
-  parser.add_argument('--steps', type=int, default=3, metavar='N')
+  parser.add_argument('--steps', type=int, default=2, metavar='N')
   args = parser.parse_args()
   for (a, b, c), error in steps(args.condition, args.steps):
     print(f'({a:.4f}, {b:.4f}, {c:.4f}),  # error {error:.1e}')

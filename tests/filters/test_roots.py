@@ -1,5 +1,6 @@
 """Inverse roots by products, against float64 eigendecompositions."""
 
+import functools
 import pathlib
 import runpy
 
@@ -31,6 +32,8 @@ def error(spectrum, root):
   return np.linalg.norm(inverse @ difference, 2)
 
 
+EXACT = (*_roots.POLYNOMIALS, (1.9270, -1.3066, 0.3807))  # a step more
+THREE = functools.partial(_roots.inverse_square_root, polynomials=EXACT)
 SPECTRA = {
   'flat': lambda n: np.ones(n),
   'rank one': lambda n: np.append(np.zeros(n - 1), n),
@@ -44,7 +47,8 @@ SPECTRA = {
 def test_root_of_whitened_covariances(n, name):
   # The ridge of the default bounds the condition number by (n + 0.2) / 0.2 <= 301.
   spectrum = SPECTRA[name](n) + 0.2
-  assert error(spectrum, _roots.inverse_square_root) < 0.01
+  assert error(spectrum, _roots.inverse_square_root) < 0.22
+  assert error(spectrum, THREE) < 0.01
 
 
 @pytest.mark.slow
@@ -56,18 +60,20 @@ def test_root_of_large_covariances(name):
   values, vectors = np.linalg.eigh(np.asarray(a, np.float64))
   root = np.asarray(jax.jit(_roots.inverse_square_root)(a), np.float64)
   gains = np.einsum('ij,ij->j', vectors, root @ vectors) * np.sqrt(values)
-  assert (gains < 1.01).all()
+  assert (gains < 1.22).all()
   resolved = values > values.max() / 400
-  assert abs(gains[resolved] - 1).max() < 0.01
+  assert abs(gains[resolved] - 1).max() < 0.22
 
 
 @pytest.mark.parametrize(
-  ('condition', 'limit'), [(10.0, 0.01), (400.0, 0.01), (2500.0, 0.45)]
+  ('condition', 'two', 'three'),
+  [(10, 0.22, 0.01), (400, 0.22, 0.01), (2500, 0.7, 0.45)],
 )
-def test_error_grows_with_the_condition_number(condition, limit):
+def test_error_grows_with_the_condition_number(condition, two, three):
   # As one direction holds nearly everything, the bound on the spectrum is tight.
   spectrum = np.append(np.geomspace(0.1, 1 / condition, 23), 1.0)
-  assert error(spectrum, _roots.inverse_square_root) < limit
+  assert error(spectrum, _roots.inverse_square_root) < two
+  assert error(spectrum, THREE) < three
 
 
 def test_scale_of_the_matrix_does_not_matter():
@@ -82,7 +88,7 @@ def in_bfloat16(a, steps, order):
   bound = jnp.sqrt(jnp.linalg.norm(a @ a))
   eye = jnp.eye(a.shape[-1], dtype=jnp.bfloat16)
   y, z = (a / bound).astype(jnp.bfloat16), eye
-  polynomials = (*_roots.POLYNOMIALS, *[(15 / 8, -10 / 8, 3 / 8)] * steps)[:steps]
+  polynomials = (*EXACT, *[(15 / 8, -10 / 8, 3 / 8)] * steps)[:steps]
   for p1, p3, p5 in polynomials:
     e = z @ y if order == 'ZY' else y @ z
     p = p1 * eye + p3 * e + p5 * (e @ e)
@@ -101,6 +107,6 @@ def test_the_order_of_the_products_keeps_rounding_small():
 @pytest.mark.slow
 def test_coefficients_are_those_of_the_script():
   script = runpy.run_path(str(ROOT / 'scripts' / 'root_coefficients.py'))
-  found = script['steps'](condition=400, count=3)
+  found = script['steps'](condition=400, count=2)
   for (coefficients, _), stored in zip(found, _roots.POLYNOMIALS, strict=True):
     np.testing.assert_allclose(coefficients, stored, rtol=2e-3)

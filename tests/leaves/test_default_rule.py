@@ -238,6 +238,6 @@ def test_summary_says_what_is_filtered_and_why():
   rows = {row.name: row for row in table.leaves}
   assert rows['embed/embedding'].why == 'table of embeddings'
   assert rows['layers/0/up/kernel'].memory == ((1, 8, 9), (1, 24, 25))
-  assert rows['layers/0/up/kernel'].memory_bytes == 4 * (8 * 9 + 24 * 25)
+  assert rows['layers/0/up/kernel'].memory_bytes == 4 * (8 * 9 + 24 * 25 + 1)
   assert table.state_bytes == state.state_bytes(tx, params)
   assert 'layers/1/down/kernel' in str(table)

@@ -198,7 +198,7 @@ def test_other_block_size_is_named():
   init = lambda tx: jax.eval_shape(tx.init, abstract_params())
   saved = state_format(init(make(1024)))
   check_state_format(saved, init(make(512)))  # which changes nothing here
-  message = r'memory/0/1: saved float32.1,1,8,9., expected float32.1,2,4,5.'
+  message = r'memory/0/packed/1: saved float32.1,1,8,9., expected float32.1,2,4,5.'
   with pytest.raises(ValueError, match=message):
     check_state_format(saved, init(make(4)))
 
@@ -245,7 +245,8 @@ def test_layout_is_that_of_the_format_version():
     'leaves': counts
     | {
       'measured/effective_directions': 'float32[1]',
-      'memory/0/0': 'float32[1,1,4,5]',
-      'memory/0/1': 'float32[1,1,8,9]',
+      'memory/0/packed/0': 'float32[1,1,4,5]',
+      'memory/0/packed/1': 'float32[1,1,8,9]',
+      'memory/0/directions': 'float32[1]',
     },
   }
