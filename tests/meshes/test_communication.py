@@ -108,6 +108,59 @@ def test_roots_shared_out_over_an_axis_are_gathered_once(kind):
   np.testing.assert_allclose(*found, atol=1e-5)
 
 
+def llama(layers):
+  """A LLaMA's shapes with 64 experts in each layer, split over 8 devices, and specs."""
+  kernel = lambda *shape: {'kernel': shape}
+  layer = {
+    'attention': {name: kernel(16, 16) for name in ('query', 'key', 'value', 'out')},
+    'mlp': {'gate': kernel(16, 24), 'up': kernel(16, 24), 'down': kernel(24, 16)},
+    'experts': {'up': (64, 8, 16), 'down': (64, 16, 8)},
+    'norm': {'scale': (16,)},
+  }
+  tree = {'embed': {'embedding': (32, 16)}, 'layers': {str(i): layer for i in layers}}
+  batch = jax.tree.map(
+    lambda shape: 0 if len(shape) == 3 else None,
+    tree,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  return tree, batch
+
+
+@SLOW
+@pytest.mark.parametrize('kind', MESHES)
+def test_collectives_of_a_llama_with_64_experts_do_not_grow_with_its_layers(kind):
+  mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(MESHES[kind],))
+  split = NamedSharding(mesh, P('fsdp'))
+  counts = []
+  for layers in (range(1), range(3)):
+    shapes, batch = llama(layers)
+    tx = bsfa_adamw(1e-3, filter=scale_by_whitening(batch_axes=batch))
+    updates = jax.tree.map(
+      lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split),
+      shapes,
+      is_leaf=lambda x: isinstance(x, tuple),
+    )
+    with jax.set_mesh(mesh):
+      state = abstract_state(tx, updates)
+      step = jax.jit(tx.update).lower(updates, state, updates).compile(FAST)
+    counts.append(len(COLLECTIVE.findall(step.as_text())))
+  assert counts[1] <= counts[0]
+
+
+@SLOW
+@pytest.mark.parametrize('kind', MESHES)
+def test_experts_split_over_a_mesh_are_whitened_as_on_one_device(kind):
+  mesh = jax.make_mesh((8,), ('expert',), axis_types=(MESHES[kind],))
+  tx = scale_by_whitening(batch_axes=0, refresh_every=1)
+  rows = np.random.default_rng(0).normal(size=(64, 6, 4))
+  updates = {'experts': jnp.asarray(rows, jnp.float32)}
+  expected, _ = jax.jit(tx.update)(updates, tx.init(updates))
+  with jax.set_mesh(mesh):
+    split = jax.device_put(updates, NamedSharding(mesh, P('expert')))
+    found, _ = jax.jit(tx.update)(split, tx.init(split))
+  np.testing.assert_allclose(found['experts'], expected['experts'], atol=1e-5)
+
+
 def test_roots_are_shared_out_over_an_axis_of_the_mesh_in_use():
   tx = scale_by_whitening(distribute_over='rows')
   updates = jnp.ones((4, 4))
