@@ -82,7 +82,7 @@ class Commands:
   def add_training(
     self, name: str, text: str, example: str, contenders: bool = True
   ) -> argparse.ArgumentParser:
-    rates = '--learning-rate RATE ... ' if name == 'run' else ''
+    rates = '\n  --learning-rate RATE ... ' if name == 'run' else ''
     command = self.add(name, text, example, f'--task TASK ... {rates}')
     command.add_argument(
       '--task',

@@ -245,7 +245,7 @@ def measure(store: Store, limit: float) -> Iterator[str]:
     for optimizer in OPTIMIZERS
   }
   todo = [name for name in jobs if store.get(COLLECTION, name) is None]
-  yield f'{len(todo)} of {len(jobs)} measurements to do'
+  yield f'{len(todo)} of {len(jobs)} measurements to do, begun for {limit / 60:g} min'
   for done, name in enumerate(todo):
     if time.perf_counter() - begin > limit:
       yield f'{len(todo) - done} left for the next call: the time is over'
@@ -328,14 +328,15 @@ def plot(widths: list[dict[str, Any]], path: Path) -> None:
   for name in widths[0]['ms']:
     if name != 'training step':
       y = [r['ms'][name] / r['ms']['training step'] for r in widths]
-      axes.plot(x, y, 'o-', color=drawing.COLOURS.get(name), label=name)
+      style = 'o--' if name.endswith('no refresh') else 'o-'
+      axes.plot(x, y, style, color=drawing.COLOURS[name.split(',')[0]], label=name)
   axes.set(
     xscale='log',
     yscale='log',
     xlabel='width of the matrix',
     ylabel="time of an update / training step's products",
-    xticks=x,
-    xticklabels=list(map(str, x)),
+    xticks=(ticks := [width for width in x if width & (width - 1) == 0]),  # with room
+    xticklabels=list(map(str, ticks)),
   )
   axes.minorticks_off()
   figure.legend(loc='outside right upper')

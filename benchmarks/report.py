@@ -48,6 +48,16 @@ class Study(NamedTuple):
     """In units of AdamW's."""
     return self.times.get(contender, {}).get('times_adamw')
 
+  def spread_of_times(self, contenders: Iterable[str]) -> str:
+    """Quartiles over the rounds, which lie far apart on a busy machine; a line each."""
+    return '\n'.join(
+      'a step of {} {:.2f}, quartiles {:.2f}-{:.2f}'.format(
+        name, self.times[name]['times_adamw'], *self.times[name]['quartiles']
+      )
+      for name in contenders
+      if name != 'adamw'
+    )
+
 
 class SpeedUp(NamedTuple):
   """Steps of one contender over steps of another to the same loss, for one seed.
@@ -356,14 +366,17 @@ def plot_task(of: Study, path: Path) -> None:
 
 
 def plot_landing(of: Study, path: Path) -> None:
-  """The three that most people compare, over steps and, where measured, over time."""
-  shown = [name for name in ('adamw', 'muon', 'bsfa') if name in of.contenders]
+  """Those that most people compare, over steps and, where measured, over time."""
+  shown = [name for name in ('adamw', 'muon', 'soap', 'bsfa') if name in of.contenders]
   timed = all(of.step_time(name) for name in shown)
   figure, axes = plt.subplots(
     1, 1 + timed, figsize=(6.5, 3.2), layout='constrained', sharey=True, squeeze=False
   )
   for one, over_time in zip(axes[0], (False, True), strict=False):
     draw_curves(one, of, shown, over_time)
+  if timed:
+    note = of.spread_of_times(shown)
+    axes[0, 1].set_xlabel(f"time, in AdamW's steps\n{note}", fontsize='small')
   axes[0, 0].set_ylabel('train loss')
   lines, labels = axes[0, 0].get_legend_handles_labels()
   figure.legend(lines, labels, loc='outside right upper')

@@ -314,6 +314,12 @@ def _check_real(name: str, x: Any) -> None:
     )
 
 
+def check_arrays(params: Any) -> None:
+  """Raises a TypeError with a remedy if a leaf is neither an array nor a number."""
+  for path, x in jax.tree_util.tree_leaves_with_path(unbox(params)):
+    _dtype(jax.tree_util.keystr(path, simple=True, separator='/'), x)
+
+
 def _dtype(name: str, x: Any) -> Any:
   if not (hasattr(x, 'dtype') or isinstance(x, (int, float, complex))):
     raise TypeError(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bsfa_optax import _check, _learned, _vectors
+from bsfa_optax import _check, _learned, _leaves, _vectors
 from bsfa_optax._learned import FilterState
 from bsfa_optax.estimators import _base, kronecker
 from bsfa_optax.estimators._base import Estimator
@@ -308,13 +308,19 @@ def _descent(
       f'mask must be a tree of booleans or a function to one, got {mask!r}; as in'
       ' optax.adamw.'
     )
-  return optax.chain(
+  tx = optax.chain(
     direction,
     filter,
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale(step_length),
     optax.scale_by_learning_rate(learning_rate),
   )
+
+  def init(params):
+    _leaves.check_arrays(params)  # the direction's own error would not tell what to do
+    return tx.init(params)
+
+  return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
 class AccelerateState(NamedTuple):

@@ -1,10 +1,10 @@
-"""FSDP and tensor parallel training of a Flax NNX model on whatever devices there are.
+"""FSDP and tensor parallel training of a Flax NNX model on the devices there are.
 
   python fsdp_tensor_parallel.py
   python fsdp_tensor_parallel.py --simulate=8  # on a laptop
 
-The parameters carry their partition as metadata. The optimizer's state follows it, on
-an explicit mesh as here or on an auto mesh, with nothing said about it.
+The parameters carry their partition as metadata. The optimizer's state follows
+it, on an explicit mesh as here or on an auto mesh, with nothing said about it.
 """
 
 import argparse
@@ -103,8 +103,10 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--simulate', type=int, help='so many CPU devices')
-  parser.add_argument('--steps', type=int, default=30)
+  parser.add_argument('--simulate', type=int, metavar='N', help='so many CPU devices')
+  parser.add_argument(
+    '--steps', type=int, metavar='N', default=30, help='to train (30)'
+  )
   args = parser.parse_args()
   if args.simulate:
     jax.config.update('jax_platforms', 'cpu')

@@ -83,8 +83,10 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--simulate', type=int, help='so many CPU devices')
-  parser.add_argument('--steps', type=int, default=30)
+  parser.add_argument('--simulate', type=int, metavar='N', help='so many CPU devices')
+  parser.add_argument(
+    '--steps', type=int, metavar='N', default=30, help='to train (30)'
+  )
   args = parser.parse_args()
   if args.simulate:
     jax.config.update('jax_platforms', 'cpu')

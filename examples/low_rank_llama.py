@@ -1,10 +1,10 @@
-"""Pre-trains a small LLaMA by methods that save memory, and draws loss against bytes.
+"""Pre-trains a small LLaMA by methods that save memory; draws loss against bytes.
 
   python low_rank_llama.py
   python low_rank_llama.py --methods adamw sst lora --shares 0.06 --steps 600
 
-Layers are scanned and rematerialised. Runs are stored in the middle of a round and go
-on from there. The last SST run is merged and fine-tuned with AdamW on another text.
+Layers are scanned and rematerialised. Runs are stored in mid-round, and go on
+from there. The last SST run is merged and tuned with AdamW on another text.
 """
 
 import argparse
@@ -76,8 +76,7 @@ def loss_fn(params, batch):
   x = params['embedding'][batch[:, :-1]]
   x, _ = jax.lax.scan(layer, x, params['layers'])
   logits = norm(x, params['norm']) @ params['head']
-  loss = optax.softmax_cross_entropy_with_integer_labels
-  return loss(logits, batch[:, 1:]).mean()
+  return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
 
 def read(pattern):  # sources of the standard library as bytes
@@ -167,11 +166,12 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   names = ['adamw', *REPARAMETRISED, *PROJECTED]
-  parser.add_argument('--methods', nargs='+', choices=names, default=names)
-  parser.add_argument('--shares', nargs='+', type=float, default=[0.06, 0.25])
-  parser.add_argument('--steps', type=int, default=100)
-  parser.add_argument('--round', type=int, default=25, help='updates of a round')
-  parser.add_argument('--output', type=Path, default=Path('runs/low_rank'))
+  add, several = parser.add_argument, {'nargs': '+', 'metavar': 'X'}
+  add('--methods', **several, choices=names, default=names, help=', '.join(names))
+  add('--shares', **several, type=float, default=[0.06, 0.25], help='(0.06 0.25)')
+  add('--steps', type=int, default=100, help='of each run (100)')
+  add('--round', type=int, default=25, help='updates of a round (25)')
+  add('--output', type=Path, default=Path('runs/low_rank'), help='(runs/low_rank)')
   args = parser.parse_args()
   args.output.mkdir(parents=True, exist_ok=True)
   text, other = read('*.py'), read('pydoc_data/topics.py')

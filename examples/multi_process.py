@@ -1,14 +1,15 @@
 """Trains one model sharded over several processes, with checkpoints.
 
-One for each host of a cluster that JAX knows (Slurm, Cloud TPU, ...); or two on one
-machine, of two simulated devices each; the same commands go on with a stopped run:
+One for each host of a cluster that JAX knows (Slurm, Cloud TPU, ...); or two on
+one machine, of two simulated devices each. The same commands resume a run:
 
   python multi_process.py --directory=/shared/run
-  python multi_process.py --directory=/tmp/run --simulate=2 --processes=2 --id=0 &
-  python multi_process.py --directory=/tmp/run --simulate=2 --processes=2 --id=1
+  python multi_process.py --directory=/tmp/a --simulate=2 --processes=2 --id=0 &
+  python multi_process.py --directory=/tmp/a --simulate=2 --processes=2 --id=1
 
-A checkpoint is whole once it has its checksums, which `sha256sum --check SHA256SUMS`
-reads too: without them it was not finished, and if they do not fit it is refused.
+A checkpoint is whole once it has its checksums, which `sha256sum --check
+SHA256SUMS` reads too: without them it was not finished, and if they do not fit
+it is refused.
 """
 
 import argparse

@@ -1,12 +1,13 @@
-"""Trains a small LLaMA with AdamW, BSFA and Muon on the same bytes, and compares them.
+"""Trains a small LLaMA with AdamW, BSFA and Muon on the same bytes; compares them.
 
-Ctrl-C saves and prints the command that goes on. Example, with a text of your own:
-  python train_llama.py --optimizer adamw bsfa --data book.txt --output runs/book
+Ctrl-C saves and prints the command that goes on. Example, with your own text:
+  python train_llama.py --optimizer adamw bsfa --data book.txt --output book
 """
 
 import argparse
 import hashlib
 import json
+import os
 from pathlib import Path
 import shlex
 import signal
@@ -130,14 +131,14 @@ def train(name, rate, args, text, validation, stop):  # till `stop` is set
 
 
 def show(runs, output):  # the table, loss.png and results.json
-  line = '{:10}{:<10}{:<13}{:<18}{}'.format
-  print(line('', 'rate', 'train loss', 'validation loss', 'ms a step'))
+  print('          rate      train loss   validation loss   ms a step (quartiles)')
+  line = '{:10}{:<10}{:<13.4f}{:<18.4f}{:.1f} ({:.1f}-{:.1f})'.format
   one, two = (fig := Figure((10, 4))).subplots(1, 2, subplot_kw={'xlabel': 'step'})
   for run in runs:
     means = [x.mean() for x in np.array_split(run['losses'], len(run['seconds']) - 1)]
-    cells = [f'{x:.4f}' for x in (np.mean(run['losses'][-50:]), run['validation_loss'])]
-    cells.append(f'{1e3 / LOOK_EVERY * np.median(np.diff(run["seconds"])):.1f}')
-    print(line(run['optimizer'], run['learning_rate'], *cells))
+    losses = np.mean(run['losses'][-50:]), run['validation_loss']
+    ms = np.percentile(np.diff(run['seconds']), [50, 25, 75]) * 1e3 / LOOK_EVERY
+    print(line(run['optimizer'], run['learning_rate'], *losses, *ms))
     steps = LOOK_EVERY * np.arange(1, len(means) + 1)
     one.plot(steps, means, label=run['optimizer'])
     kinds = np.array([name.split('/')[2] for name in run['matrices']])
@@ -185,8 +186,9 @@ def main():
     for name, rate in zip(args.optimizer, rates, strict=True):
       runs.append(train(name, rate, args, text, validation, stop))
       if stop:
-        again = [x for x in sys.argv if x != '--resume']
-        print(f'saved; go on with:\n{shlex.join([sys.executable, *again, "--resume"])}')
+        given = [*shlex.split(os.environ.get('WITH_ENV', '')), *sys.orig_argv]
+        again = shlex.join([*(x for x in given if x != '--resume'), '--resume'])
+        print(f'saved; go on with:\n{again}')
         sys.exit(128 + stop[0])
     show(runs, args.output)
   except OSError as error:

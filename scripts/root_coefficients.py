@@ -1,9 +1,9 @@
 """Prints the polynomials of bsfa_optax/_roots.py: minimax for a condition number.
 
 Step k of the iteration multiplies a singular value x of the square root by
-p(x) / x for an odd p(x) = a x + b x^3 + c x^5. The composition is best if each p is
-the one closest to 1 on the interval in which the steps before it have left x (Amsel
-et al., "The Polar Express", https://arxiv.org/abs/2505.16932, 2025).
+p(x) / x for an odd p(x) = a x + b x^3 + c x^5. The composition is best if each
+p is the one closest to 1 on the interval in which the steps before have left x
+(Amsel et al., "The Polar Express", https://arxiv.org/abs/2505.16932, 2025).
 
 Example: python scripts/root_coefficients.py --condition 400 --steps 2
 """
@@ -43,8 +43,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--condition', type=float, default=400, metavar='K')
-  parser.add_argument('--steps', type=int, default=2, metavar='N')
+  parser.add_argument(
+    '--condition', type=float, default=400, metavar='K', help='condition number (400)'
+  )
+  parser.add_argument(
+    '--steps', type=int, default=2, metavar='N', help='how many polynomials (2)'
+  )
   args = parser.parse_args()
   for (a, b, c), error in steps(args.condition, args.steps):
     print(f'({a:.4f}, {b:.4f}, {c:.4f}),  # error {error:.1e}')

@@ -25,6 +25,7 @@ def test_help_fits_a_screen_and_has_an_example(command, capsys, monkeypatch):
   assert error.value.code == 0
   text = capsys.readouterr().out
   assert text.count('\n') <= 30
+  assert max(map(len, text.splitlines())) <= 80
   assert f'\nexample:\n  python -m benchmarks {command}' in text
 
 

@@ -74,6 +74,13 @@ def test_headline_is_in_readme_and_on_a_page(study, docs, folders):
   assert rows_of(page, '`tiny`') == [headline]
 
 
+def test_busy_machine_shows_in_the_times():
+  times = runs.in_units_of_adamw({'adamw': [1.0] * 4, 'bsfa': [1.0, 1.0, 2.0, 3.0]})
+  of = report.study('masked-chain', [], times)
+  note = of.spread_of_times(['adamw', 'bsfa'])
+  assert note == 'a step of bsfa 1.75, quartiles 1.00-2.75'
+
+
 @pytest.mark.parametrize('absent', ['bsfa', 'muon'])
 def test_contender_without_runs_is_named(absent, study, docs, folders, store, capsys):
   for path in (store.raw / 'tiny').glob(f'{absent}-*'):

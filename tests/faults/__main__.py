@@ -1,6 +1,7 @@
-"""Faults on purpose: kills, full disks, damaged checkpoints, bad updates, long runs.
+"""Faults on purpose: kills, full disks, damaged files, bad updates, long runs.
 
-Every result is saved at once; the same command goes on where it was stopped. Example:
+Every result is saved at once; the same command goes on where it was stopped.
+Example:
   python -m tests.faults --kills 1000 --flips 1000 --runs 10000 --soak 200000
 """
 

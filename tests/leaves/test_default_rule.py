@@ -5,6 +5,7 @@ from flax import linen, nnx
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import bsfa_optax
@@ -150,6 +151,25 @@ def test_equinox():
   matrices = [*parts, 'up', 'down']
   expected = {f'layers/{i}/{m}/weight' for i in range(2) for m in matrices}
   assert chosen(params) == expected
+
+
+class Scaled(eqx.Module):
+  weight: jax.Array
+  scale: float
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_equinox_model_given_whole():
+  model = Scaled(jnp.ones((8, 8)), 0.5)
+  assert chosen(model) == {'weight'}
+  tx = bsfa_optax.bsfa_adamw(1e-3)
+  updates, _ = jax.jit(tx.update)(model, tx.init(model), model)
+  assert optax.apply_updates(model, updates).scale < 0.5
+  # Of this one the activation is no parameter.
+  network = eqx.nn.MLP(8, 4, 16, 1, key=jax.random.key(0))
+  for tx in bsfa_optax.scale_by_whitening(), bsfa_optax.bsfa_adamw(1e-3):
+    with pytest.raises(TypeError, match=r"'activation'; .* equinox\.filter\(model"):
+      tx.init(network)
 
 
 def test_haiku():
