@@ -99,6 +99,22 @@ def positive(name: str, value: Any) -> None:
     raise ValueError(f'{name} must be positive, got {value!r}.')
 
 
+def one_of(name: str, value: Any, *choices: str | None) -> None:
+  """Raises unless `value` is one of the choices."""
+  if value not in choices:
+    *others, last = map(repr, choices)
+    raise ValueError(f'{name} must be {", ".join(others)} or {last}, got {value!r}.')
+
+
+def predicate(leaves: Any) -> None:
+  """Raises unless `leaves` is a function, or None for the default."""
+  if leaves is not None and not callable(leaves):
+    raise TypeError(
+      f'leaves must be a function of a name and a leaf, got {leaves!r}; for instance'
+      " leaves=lambda name, leaf: name.endswith('kernel')."
+    )
+
+
 def floating(name: str, value: Any) -> None:
   """Raises unless `value` is a floating-point dtype or None."""
   try:

@@ -151,7 +151,7 @@ def layout(
   # Labels and predicates are two ways to choose: with labels, leaves go unasked.
   label_of = broadcast(labels, tree, lambda x: x is None, 'labels')
   if labels is None:
-    chosen = _chosen(names, arrays, batch, leaves)
+    chosen = choose(names, arrays, batch, leaves)
   else:
     chosen = [_labelled(*each) for each in zip(names, label_of, strict=True)]
   axis_names = _check.names('axis_name', axis_name)
@@ -227,10 +227,11 @@ def _blocks(parts: tuple[Part, ...], label_of: list[str | None]) -> tuple[Block,
   return tuple(blocks)
 
 
-def _chosen(
+def choose(
   names: list[str], arrays: list[Any], batch: list[tuple[int, ...]], leaves: Predicate
 ) -> list[tuple[bool, str]]:
   """For each leaf whether it is filtered, and why."""
+  _check.predicate(leaves)
   if leaves is None:
     shapes = [
       tuple(n for axis, n in enumerate(np.shape(x)) if axis not in own)
@@ -248,11 +249,6 @@ def _chosen(
             ' index layers or experts, and a single matrix needs none.'
           )
     return found
-  if not callable(leaves):
-    raise TypeError(
-      f'leaves must be a function of a name and a leaf, got {leaves!r}; for instance'
-      " leaves=lambda name, leaf: name.endswith('kernel')."
-    )
   verdicts = [bool(leaves(n, x)) for n, x in zip(names, arrays, strict=True)]
   return [(v, 'leaves' if v else 'not in leaves') for v in verdicts]
 

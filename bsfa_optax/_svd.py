@@ -124,10 +124,10 @@ def _orthonormal_range(
   """Y = W A, then Q A^T for Q = R^-1 Y with orthonormal rows, and R^-1."""
   # Only the span of W counts. With orthonormal rows, Y spreads over no more orders of
   # magnitude than A, and less of it is lost to the shift of its Gram matrix.
-  sketch = _inverse_cholesky(sketch @ jnp.matrix_transpose(sketch)) @ sketch
+  sketch = inverse_cholesky(sketch @ jnp.matrix_transpose(sketch)) @ sketch
   found = a.combine(sketch)
   gram = _vectors.inner(a.layout, found, found).astype(sketch.dtype)
-  inverse = _inverse_cholesky(gram)
+  inverse = inverse_cholesky(gram)
   return found, inverse @ jnp.matrix_transpose(a.dot(found)), inverse
 
 
@@ -147,7 +147,7 @@ def _masked_reciprocal(x: jax.Array) -> jax.Array:
   return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
 
 
-def _inverse_cholesky(gram: jax.Array) -> jax.Array:
+def inverse_cholesky(gram: jax.Array) -> jax.Array:
   """R^-1 with R R^T = gram, shifted so that a singular matrix is no error."""
   n = gram.shape[-1]
   trace = jnp.trace(gram, axis1=1, axis2=2)[:, None, None]

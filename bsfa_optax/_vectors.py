@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
+import re
 import string
 from typing import Any, NamedTuple
 
@@ -274,25 +275,38 @@ def keep_replicated(state: Any) -> Any:
 # On single arrays.
 
 
-def product(subscripts: str, x: jax.Array, y: jax.Array, spec: Any = None) -> jax.Array:
-  """`jnp.einsum` at full precision, in the accumulators' dtype.
+def product(
+  subscripts: str,
+  x: jax.Array,
+  y: jax.Array,
+  spec: Any = None,
+  precision: Any = lax.Precision.HIGHEST,
+) -> jax.Array:
+  """`jnp.einsum` in the accumulators' dtype.
 
-  On an explicit mesh an axis of the result is split as the one of its letter in `x`,
-  unless a `spec` says otherwise.
+  Axes in front without a letter are batch axes, of which an operand has all or none.
+  On an explicit mesh an axis of the result is split as that of its letter in an
+  operand, unless a `spec` says otherwise.
   """
+  # Full precision, unless told otherwise: in TF32 or bfloat16, which accelerators take
+  # by default, the rounding of a Gram matrix would pass for directions.
   dtype = np.promote_types(accumulator(x.dtype), accumulator(y.dtype))
   if x.dtype != y.dtype:
     x, y = x.astype(dtype), y.astype(dtype)
+  first, second, output = re.split(',|->', subscripts)
+  leading = [string.ascii_uppercase[: x.ndim - len(first)]]
+  leading += [string.ascii_uppercase[: y.ndim - len(second)]]
+  first, second = leading[0] + first, leading[1] + second
+  output = max(leading, key=len) + output
   if spec is None:
-    partition = dict(zip(subscripts.split(',')[0], spec_of(x), strict=True))
-    spec = [partition.get(letter) for letter in subscripts.split('->')[1]]
+    axes = (*zip(first, spec_of(x), strict=True), *zip(second, spec_of(y), strict=True))
+    partition = {letter: axis for letter, axis in axes if axis}
+    spec = [partition.get(letter) for letter in output]
   return jnp.einsum(
-    subscripts,
+    f'{first},{second}->{output}',
     x,
     y,
-    # In TF32 or bfloat16, which accelerators take by default, the rounding of a Gram
-    # matrix would pass for directions.
-    precision=lax.Precision.HIGHEST,
+    precision=precision,
     preferred_element_type=dtype,
     out_sharding=sharding_of(x, spec),
   )

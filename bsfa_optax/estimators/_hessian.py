@@ -144,10 +144,7 @@ def hessian_lanczos(
       f'iterations must exceed rank, got iterations={iterations} and rank={rank}; leave'
       ' it out for 2 * rank.'
     )
-  if curvature not in ('hessian', 'gauss_newton'):
-    raise ValueError(
-      f"curvature must be 'hessian' or 'gauss_newton', got {curvature!r}."
-    )
+  _check.one_of('curvature', curvature, 'hessian', 'gauss_newton')
   names = ('value_fn',) if curvature == 'hessian' else ('output_fn', 'loss_fn')
   matrix = getattr(_curvature, curvature)
 

@@ -132,8 +132,7 @@ def pca(
   _check.positive_int('refresh_every', refresh_every)
   _check.floating('storage_dtype', storage_dtype)
   _check_window(rank, history, decay, refresh_every)
-  if solver not in ('auto', 'gram', 'randomized'):
-    raise ValueError(f"solver must be 'auto', 'gram' or 'randomized', got {solver!r}.")
+  _check.one_of('solver', solver, 'auto', 'gram', 'randomized')
   if solver == 'auto':
     solver = _svd.cheaper_solver(rank, history + (rank if decay > 0 else 0))
   first_refresh = refresh_every * math.ceil(max(history, rank) / refresh_every)
