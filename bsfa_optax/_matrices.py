@@ -7,7 +7,7 @@ communication.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,13 +103,6 @@ def restarted(old: optax.OptState, new: optax.OptState) -> optax.OptState:
   return jax.tree.map(
     choose, old, new, is_leaf=lambda x: isinstance(x, _SCHEDULES + _INJECTED)
   )
-
-
-def zeros(
-  like: Any, shape: Sequence[int], spec: Sequence[Any], dtype: Any = None
-) -> jax.Array:
-  """Zeros on the mesh of `like`, and in its dtype unless there is another."""
-  return jnp.zeros(shape, dtype or like.dtype, out_sharding=sharding_of(like, spec))
 
 
 def each_matrix(f: Callable, x: jax.Array) -> Any:

@@ -21,12 +21,11 @@ import numpy as np
 import optax
 
 from bsfa_optax import _check, _linalg, _matrices
-from bsfa_optax._vectors import accumulator, product, resharded, spec_of
+from bsfa_optax._vectors import accumulator, product, resharded, sharding_of, spec_of
 
 
 class _SST(NamedTuple):
   rank: int | float
-  draws_per_svd: Any
   enhanced: bool
 
 
@@ -37,15 +36,14 @@ class _LoRA(NamedTuple):
   restart: bool
 
 
-def sst(
-  rank: int | float, *, draws_per_svd: int | None = None, enhanced: bool = True
-) -> _SST:
+def sst(rank: int | float, *, enhanced: bool = True) -> _SST:
   r"""Sparse Spectral Training: all singular values, and a few vectors at a time.
 
   A matrix is :math:`USV^T`. All of :math:`S` is trained, and `rank` pairs of vectors,
   drawn without replacement with probabilities in proportion to the singular values'
-  magnitudes; `renew` draws others, and after some draws decomposes the matrix anew. All
-  vectors are kept, so frozen memory is twice that of a square matrix.
+  magnitudes; `renew` draws others, and decomposes the matrix anew after as many draws
+  as it takes to train as many pairs as there are: the most of ``ceil(k / rank)`` over
+  matrices. All vectors are kept, so frozen memory is twice that of a square matrix.
 
   From the paper: the above, unit vectors, and the enhanced gradient. Ours: its sign, as
   singular values turn negative in training; optimizer states made anew at a draw (and
@@ -54,15 +52,10 @@ def sst(
 
   Args:
     rank: pairs of vectors trained at a time, or a share of the shorter side.
-    draws_per_svd: draws between two decompositions; by default as many as it takes
-      to train as many pairs as there are: the most of ``ceil(k / rank)`` over matrices.
     enhanced: whether a vector's gradient leaves out its singular value's magnitude.
 
   Returns:
     Options for `init`.
-
-  Raises:
-    ValueError: for a number of draws out of range.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -76,9 +69,7 @@ def sst(
     Zhao, Zhang, Li, Liu, Cannistraci, `Sparse Spectral Training and Inference on
     Euclidean and Hyperbolic Neural Networks <https://arxiv.org/abs/2405.15481>`_, 2024
   """
-  if draws_per_svd is not None:
-    _check.positive_int('draws_per_svd', draws_per_svd)
-  return _SST(rank, draws_per_svd, enhanced)
+  return _SST(rank, enhanced)
 
 
 def lora(rank: int | float, *, scale: float = 1.0, column_norm: bool = False) -> _LoRA:
@@ -316,19 +307,19 @@ def _times(x: jax.Array | None, trained: Any, frozen: Any, precision: Any) -> ja
     return _spectral(precision, x, frozen.u, others, frozen.v) + drawn(
       precision, x, trained.u, own, trained.v
     )
+  i, j, magnitude = trained.i, trained.j, trained.magnitude
   times = functools.partial(product, precision=precision)
-  i, j = trained.i, trained.j
   if x is None:
     change = times('mr,rn->mn', i, j)
     whole = frozen.w.astype(change.dtype) + frozen.scale * change
-    norms = None if trained.magnitude is None else _column_norms(whole)
+    norms = _column_norms(whole)
   else:
     inside = times('m,mr->r', x, i).astype(x.dtype)
     whole = times('m,mn->n', x, frozen.w) + frozen.scale * times('r,rn->n', inside, j)
-    norms = None if trained.magnitude is None else _norms_of_sum(trained, frozen)
-  if norms is not None:
-    whole = _by_columns(whole, trained.magnitude.astype(norms.dtype) / norms)
-  return whole
+    norms = _norms_of_sum(trained, frozen)
+  if magnitude is None:
+    return whole
+  return _by_columns(whole, magnitude.astype(norms.dtype) / norms)
 
 
 def _spectral(
@@ -385,8 +376,8 @@ def dot(x: jax.Array, w: Any) -> jax.Array:
   """``x @ w`` without the dense matrix, forwards or backwards.
 
   A matrix of SST is applied as three factors, one of `LoRA` as W0 and two thin factors.
-  The derivative is written by hand, so that there is no dense gradient either; it is
-  that of ``x @ w``, with the enhanced gradient of SST. Where the number of rows of `x`
+  There is no dense gradient either; the derivative is that of ``x @ w``, with the
+  enhanced gradient of SST. Where the number of rows of `x`
   is below the matrix's sides, this is cheaper than the dense form too.
 
   Args:
@@ -475,20 +466,19 @@ def init(
     )
   _matrices.check(method.rank, leaves, batch_axes)
   _check_key(key)
-  chosen = _matrices.ranks(params, method.rank, leaves, batch_axes)
-  ranks = jax.tree.leaves(chosen)
+  ranks = jax.tree.leaves(_matrices.ranks(params, method.rank, leaves, batch_axes))
   treedef: Any
   given, treedef = jax.tree.flatten(params)
   pairs = [(w, rank) for w, rank in zip(given, ranks, strict=True) if rank]
-  keys = iter(jax.random.split(key, max(1, len(pairs))))
-  split: Callable = _factored
+  keys = iter(jax.random.split(key, len(pairs)))
+  split: Callable
   if isinstance(method, _SST):
-    split = _decomposed
-    if method.draws_per_svd is None:
-      most = max(math.ceil(min(w.shape[-2:]) / rank) for w, rank in pairs)
-      method = method._replace(draws_per_svd=most)
+    draws = max(math.ceil(min(w.shape[-2:]) / rank) for w, rank in pairs)
+    split = functools.partial(_decomposed, draws, method.enhanced)
+  else:
+    split = functools.partial(_factored, method)
   parts = [
-    split(w, next(keys), rank, method) if rank else (w, optax.MaskedNode())
+    split(w, rank, next(keys)) if rank else (w, optax.MaskedNode())
     for w, rank in zip(given, ranks, strict=True)
   ]
   trained, frozen = map(treedef.unflatten, zip(*parts, strict=True))
@@ -831,8 +821,7 @@ def _pairs(trained: Any, frozen: Any) -> tuple[Any, list[tuple[Any, Any]]]:
       ' `renew` returned together.'
     ) from error
   for (path, t), f in zip(paths, others, strict=True):
-    alone = not _is_part(t) and isinstance(f, optax.MaskedNode)
-    if not alone and not _belong(t, f):
+    if not _belong(t, f):
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       raise ValueError(
         f'the trained and the frozen part of {name!r} do not belong together: a'
@@ -844,26 +833,22 @@ def _pairs(trained: Any, frozen: Any) -> tuple[Any, list[tuple[Any, Any]]]:
 
 def _belong(t: Any, f: Any) -> bool:
   if isinstance(t, Spectrum) and isinstance(f, FrozenSpectrum):
-    *batch, m, k = f.u.shape
-    batch, rank = tuple(batch), f.drawn.shape[-1]
-    shapes = (*batch, m, rank), (*batch, k), (*batch, f.v.shape[-2], rank)
+    (*batch, m, k), n, rank = f.u.shape, f.v.shape[-2], f.drawn.shape[-1]
+    shapes = (*batch, m, rank), (*batch, k), (*batch, n, rank)
     return (t.u.shape, t.s.shape, t.v.shape) == shapes
   if isinstance(t, Factors) and isinstance(f, FrozenFactors):
-    *batch, m, n = f.w.shape
-    rank = t.i.shape[-1]
+    (*batch, m, n), rank = f.w.shape, t.i.shape[-1]
     return (t.i.shape, t.j.shape) == ((*batch, m, rank), (*batch, rank, n))
-  return False
+  return not _is_part(t) and isinstance(f, optax.MaskedNode)
 
 
 def _decomposed(
-  w: jax.Array, key: jax.Array, rank: int, method: _SST
+  draws_per_svd: int, enhanced: bool, w: jax.Array, rank: int, key: jax.Array
 ) -> tuple[Spectrum, FrozenSpectrum]:
   u, s, v = _svd(w)
   draws = jnp.zeros((), jnp.int32)
-  frozen = FrozenSpectrum(
-    u, v, _draw(key, s, rank), draws, method.draws_per_svd, method.enhanced
-  )
-  return _taken(s, frozen), frozen
+  frozen = FrozenSpectrum(u, v, None, draws, draws_per_svd, enhanced)
+  return _drawn(s, frozen, rank, key)
 
 
 def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -871,22 +856,20 @@ def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   u, s, vt = _matrices.each_matrix(_linalg.svd, w.astype(accumulator(w.dtype)))
   *batch, rows, columns = spec_of(w)
   u = resharded(u.astype(w.dtype), w, (*batch, rows, None))
-  v = jnp.swapaxes(vt, -1, -2).astype(w.dtype)
+  v = jnp.matrix_transpose(vt).astype(w.dtype)
   return u, s.astype(w.dtype), resharded(v, w, (*batch, columns, None))
 
 
-def _draw(key: jax.Array, s: jax.Array, rank: int) -> jax.Array:
-  """Indices drawn without replacement in proportion to |s|, (*batch, rank)."""
-  spec = spec_of(s)
-  noise = resharded(jax.random.gumbel(key, s.shape, jnp.float32), s, spec)
+def _drawn(
+  s: jax.Array, frozen: FrozenSpectrum, rank: int, key: jax.Array
+) -> tuple[Spectrum, FrozenSpectrum]:
+  """Vectors drawn without replacement, with probabilities in proportion to |s|."""
+  noise = resharded(jax.random.gumbel(key, s.shape, jnp.float32), s, spec_of(s))
   score = jnp.log(jnp.abs(s.astype(jnp.float32))) + noise
-  return _matrices.greatest(score, rank)
-
-
-def _taken(s: jax.Array, frozen: FrozenSpectrum) -> Spectrum:
+  frozen = dataclasses.replace(frozen, drawn=_matrices.greatest(score, rank))
   hot = frozen.one_hot(frozen.u.dtype)
   take = lambda x: product('mk,rk->mr', x, hot).astype(x.dtype)
-  return Spectrum(take(frozen.u), s, take(frozen.v))
+  return Spectrum(take(frozen.u), s, take(frozen.v)), frozen
 
 
 def _redrawn(
@@ -901,36 +884,31 @@ def _redrawn(
   whole = put(f.u, t.u), t.s, put(f.v, t.v)
   dense = LowRankArray(t, f).dense
   u, s, v = lax.cond(due, lambda: _svd(dense(lax.Precision.HIGHEST)), lambda: whole)
-  drawn = _draw(key, s, f.drawn.shape[-1])
   draws = jnp.where(due, 0, f.draws + 1)
-  frozen = dataclasses.replace(f, u=u, v=v, drawn=drawn, draws=draws)
-  return _taken(s, frozen), frozen
+  frozen = dataclasses.replace(f, u=u, v=v, draws=draws)
+  return _drawn(s, frozen, f.drawn.shape[-1], key)
 
 
 def _factored(
-  w: jax.Array, key: jax.Array, rank: int, method: _LoRA
+  method: _LoRA, w: jax.Array, rank: int, key: jax.Array
 ) -> tuple[Factors, FrozenFactors]:
+  first = _matrices.gaussian(key, jnp.matrix_transpose(w), rank)
+  first = (first / math.sqrt(w.shape[-2])).astype(w.dtype)
   *batch, _, columns = spec_of(w)
   shape = (*w.shape[:-2], rank, w.shape[-1])
-  magnitude = None
-  if method.column_norm:
-    norms = _column_norms(w.astype(accumulator(w.dtype)))
-    magnitude = norms.astype(w.dtype)
-  second = _matrices.zeros(w, shape, (*batch, None, columns))
-  factors = Factors(_first_factor(w, key, rank), second, magnitude)
+  second = jnp.zeros(
+    shape, w.dtype, out_sharding=sharding_of(w, (*batch, None, columns))
+  )
+  norms = _column_norms(w.astype(accumulator(w.dtype))).astype(w.dtype)
+  factors = Factors(first, second, norms if method.column_norm else None)
   return factors, FrozenFactors(w, method.scale, method.restart)
-
-
-def _first_factor(w: jax.Array, key: jax.Array, rank: int) -> jax.Array:
-  factor = _matrices.gaussian(key, jnp.swapaxes(w, -1, -2), rank)
-  return (factor / math.sqrt(w.shape[-2])).astype(w.dtype)
 
 
 def _restarted(
   t: Factors, f: FrozenFactors, key: jax.Array
 ) -> tuple[Factors, FrozenFactors]:
-  without_norm = LowRankArray(t._replace(magnitude=None), f)
-  whole = without_norm.dense(lax.Precision.HIGHEST)
-  first = _first_factor(f.w, key, t.i.shape[-1])
-  factors = Factors(first, jnp.zeros_like(t.j), t.magnitude)
-  return factors, dataclasses.replace(f, w=whole)
+  whole = LowRankArray(t._replace(magnitude=None), f).dense(lax.Precision.HIGHEST)
+  rank = t.i.shape[-1]
+  method = _LoRA(rank, f.scale, column_norm=False, restart=True)
+  factors, frozen = _factored(method, whole, rank, key)
+  return factors._replace(magnitude=t.magnitude), frozen

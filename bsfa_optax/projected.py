@@ -160,14 +160,20 @@ def projected(
   _check.multiplier('scale', scale)
   _matrices.check(rank, leaves, batch_axes)
   inner = optax.with_extra_args_support(inner)
+  dense = functools.partial(_dense, subspace)
 
   def init(params):
     ranks = _matrices.ranks(params, rank, leaves, batch_axes)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    basis = _each(functools.partial(_zero_basis, subspace), ranks, zeros)
+    vectors = _each(dense, ranks, zeros, basis)
+    norm = lambda _, x: x.sum((-2, -1)).astype(jnp.float32)
+    masked = lambda *_: optax.MaskedNode()
     return ProjectedState(
       jnp.zeros((), jnp.int32),
-      _each(functools.partial(_zero_basis, subspace), ranks, params),
-      _each(functools.partial(_zero_norm, residual), ranks, params),
-      inner.init(_each(_zero_coordinates, ranks, params)),
+      basis,
+      _each(norm if residual == 'scaled' else masked, ranks, zeros),
+      inner.init(_each(_down, ranks, zeros, vectors)),
       inner.init(_rest(ranks, params)),
     )
 
@@ -180,14 +186,13 @@ def projected(
 
     def refresh():
       key = jax.random.fold_in(jax.random.key(seed), count)
-      keys = iter(jax.random.split(key, max(1, len(matrices))))
+      keys = iter(jax.random.split(key, len(matrices)))
       learn = lambda *x: Basis(_new_basis(subspace, next(keys), *x))
       new = _each(learn, ranks, updates, old[0])
       bases = [_each(dense, ranks, updates, x) for x in (new, old[0])]
       carried = functools.partial(_carried, inner, carry, ranks, updates, *bases)
       return new, lax.cond(count > 0, carried, lambda state: state, old[1])
 
-    dense = functools.partial(_dense, subspace)
     finite = jnp.array([jnp.isfinite(g).all() for g in matrices]).all()
     due = (count % refresh_every == 0) & finite
     basis, inside = lax.cond(due, refresh, lambda: old)
@@ -235,28 +240,13 @@ def _tall(x: jax.Array) -> jax.Array:
   return jnp.matrix_transpose(x) if x.shape[-2] < x.shape[-1] else x
 
 
-def _zero_basis(subspace: Subspace, rank: int, x: jax.Array) -> Basis:
-  x = _tall(x)
-  *batch, _, short = spec_of(x)
+def _zero_basis(subspace: Subspace, rank: int, zeros: jax.Array) -> Basis:
+  # A sum has the sharding that is left of the matrix's.
   if subspace in ('columns', 'dct'):
-    shape = (*x.shape[:-2], rank)
-    return Basis(_matrices.zeros(x, shape, (*batch, None), jnp.int32))
-  return Basis(
-    _matrices.zeros(x, (*x.shape[:-2], x.shape[-1], rank), (*batch, short, None))
-  )
-
-
-def _zero_norm(residual: Residual, rank: int, x: jax.Array) -> Any:
-  if residual != 'scaled':
-    return optax.MaskedNode()
-  return _matrices.zeros(x, x.shape[:-2], spec_of(x)[:-2], jnp.float32)
-
-
-def _zero_coordinates(rank: int, x: jax.Array) -> Coordinates:
-  x = _tall(x)
-  return Coordinates(
-    _matrices.zeros(x, (*x.shape[:-1], rank), (*spec_of(x)[:-1], None))
-  )
+    one = zeros.sum((-2, -1)).astype(jnp.int32)
+  else:
+    one = _tall(zeros).sum(-2)
+  return Basis(jnp.broadcast_to(one[..., None], (*one.shape, rank)))
 
 
 def _new_basis(
@@ -309,10 +299,11 @@ def _carried(
   """The inner optimizer's state in the coordinates of the new bases."""
   if carry == 'keep':
     return state
-  zeros = _each(_zero_coordinates, ranks, updates)
+  coordinates = _each(_down, ranks, updates, old)
   if carry == 'reset':
+    zeros = jax.tree.map(jnp.zeros_like, coordinates)
     return _matrices.restarted(state, inner.init(zeros))
-  leaves, structure = jax.tree.flatten(zeros)
+  leaves, structure = jax.tree.flatten(coordinates)
   shapes = [y.shape for y in leaves]
   overlaps = _each(lambda _, p, q: product('sn,so->no', p, q), ranks, new, old)
 

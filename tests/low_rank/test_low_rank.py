@@ -16,7 +16,7 @@ from bsfa_optax import low_rank
 from bsfa_optax.projected import projected
 
 METHODS = {
-  'sst': low_rank.sst(2, draws_per_svd=2),
+  'sst': low_rank.sst(2),
   'lora': low_rank.lora(2),
   'relora': low_rank.relora(2, scale=0.5),
   'normed': low_rank.relora(2, column_norm=True),
@@ -467,8 +467,6 @@ def test_bad_options():
     low_rank.init(make_params(), jax.random.key(0), low_rank.lora(0))
   with pytest.raises(ValueError, match='scale must be positive, got -1'):
     low_rank.lora(2, scale=-1)
-  with pytest.raises(ValueError, match='draws_per_svd must be a positive'):
-    low_rank.sst(2, draws_per_svd=0)
   with pytest.raises(ValueError, match=r'steps must be at most every \(5\), got 6'):
     low_rank.rewarmed(1.0, 5, 6)
   with pytest.raises(ValueError, match='dot takes x'):
