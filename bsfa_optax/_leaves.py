@@ -154,18 +154,16 @@ def layout(
     chosen = choose(names, arrays, batch, leaves)
   else:
     chosen = [_labelled(*each) for each in zip(names, label_of, strict=True)]
-  axis_names = _check.names('axis_name', axis_name)
+  axis_names = _names(axis_name)
   named = broadcast(axes, tree, is_axes, 'axes')
   columns = zip(names, arrays, batch, named, chosen, strict=True)
   found = []
   for i, (name, x, indices, spec, (filtered, why)) in enumerate(columns):
-    if filtered:
-      _check_real(name, x)
+    dtype = _dtype(name, x, filtered)
     split = _split_axes(name, x, axis_names) if filtered else ()
     # Only layouts that stack, those of filters with factors, are asked for axes.
     own = _factored(spec, name, x, indices, split if stacked else ())
-    shape, dtype = np.shape(x), _dtype(name, x)
-    found.append(Leaf(name, i, shape, dtype, indices, why, filtered, own, split))
+    found.append(Leaf(name, i, np.shape(x), dtype, indices, why, filtered, own, split))
 
   members: dict[Any, list[Leaf]] = {}
   for leaf in found:
@@ -297,26 +295,31 @@ def _factored(
   return value
 
 
-def _check_real(name: str, x: Any) -> None:
-  dtype = _dtype(name, x)
-  if not jnp.issubdtype(dtype, jnp.floating):
-    remedy = (
-      'wrap the transformation in optax.contrib.split_real_and_imaginary'
-      if jnp.issubdtype(dtype, jnp.complexfloating)
-      else 'leave the leaf out with optax.masked or optax.partition'
-    )
-    raise TypeError(
-      f'parameters must be floating-point, got {dtype} for {name!r}; {remedy}.'
-    )
-
-
-def _dtype(name: str, x: Any) -> Any:
+def _dtype(name: str, x: Any, filtered: bool) -> Any:
   if not (hasattr(x, 'dtype') or isinstance(x, (int, float, complex))):
     raise TypeError(
       f'parameters must be arrays or numbers, got {x!r} for {name!r}; leave it out of'
       ' the tree, as with equinox.filter(model, equinox.is_inexact_array).'
     )
-  return x.dtype if hasattr(x, 'dtype') else jnp.result_type(x)
+  dtype = x.dtype if hasattr(x, 'dtype') else jnp.result_type(x)
+  if filtered and not jnp.issubdtype(dtype, jnp.floating):
+    remedy = 'leave the leaf out with optax.masked or optax.partition'
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+      remedy = 'wrap the transformation in optax.contrib.split_real_and_imaginary'
+    raise TypeError(
+      f'parameters must be floating-point, got {dtype} for {name!r}; {remedy}.'
+    )
+  return dtype
+
+
+def _names(axis_name: Any) -> tuple[str, ...]:
+  names = (axis_name,) if isinstance(axis_name, str) else axis_name
+  names = () if names is None else names
+  if not isinstance(names, (tuple, list)) or not all(isinstance(x, str) for x in names):
+    raise TypeError(
+      f'axis_name must be a name of a mesh axis or a tuple of names, got {axis_name!r}.'
+    )
+  return tuple(names)
 
 
 def is_box(node: Any) -> bool:
@@ -400,7 +403,7 @@ def _add_row_axis(node: Any) -> Any:
 
 def _split_axes(name: str, leaf: Any, axis_names: tuple[str, ...]) -> tuple[str, ...]:
   """Those of `axis_names` that split a leaf: it varies over no others."""
-  if not isinstance(leaf, jax.core.Tracer):
+  if jax.sharding.get_abstract_mesh().empty:
     return ()
   varying = varying_axes(leaf)
   if rest := varying.difference(axis_names):

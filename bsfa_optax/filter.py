@@ -388,7 +388,7 @@ def accelerate(
     return AccelerateState(base.init(params), source.init(params), last.init(params))
 
   def update(updates, state, params=None, **extra):
-    _check.is_state('AccelerateState', AccelerateState, state)
+    _learned.check_state(AccelerateState, state)
     seen, source_state = source.update(updates, state.history_state, params, **extra)
     updates, base_state = base.update(updates, state.base_state, params, **extra)
     updates, filter_state = last.update(
@@ -487,7 +487,7 @@ def interpolated(
     )
 
   def update(updates, state, params=None, **extra_args):
-    _check.is_state('InterpolatedState', InterpolatedState, state)
+    _learned.check_state(InterpolatedState, state)
     inner: Any
     filtered, inner = filter_.update(updates, state.filter_state, params, **extra_args)
     fraction = inner.measured['dominant_fraction']
@@ -589,7 +589,7 @@ def split_by_subspace(
     return SplitState(projector.init(params), inside.init(params), outside.init(params))
 
   def update(updates, state, params=None, **extra_args):
-    _check.is_state('SplitState', SplitState, state)
+    _learned.check_state(SplitState, state)
     projector_state: Any
     rest, projector_state = projector.update(
       updates, state.projector_state, params, **extra_args

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _check, _matrices
+from bsfa_optax import _check, _learned, _matrices
 from bsfa_optax._vectors import accumulator, product, resharded, spec_of
 from bsfa_optax.estimators import _dct
 
@@ -178,7 +178,7 @@ def projected(
     )
 
   def update(updates, state, params=None, **extra_args):
-    _check.is_state('ProjectedState', ProjectedState, state)
+    _learned.check_state(ProjectedState, state)
     ranks = _matrices.ranks(updates, rank, leaves, batch_axes)
     count = state.projection_count
     old = state.projection_basis, state.coordinate_state

@@ -93,15 +93,12 @@ def dct(
     return layout
 
   def init(layout, params):
-    del layout, params
     return optax.EmptyState()
 
   def learn(layout, vector, memory, count, params, **extra_args):
-    del layout, vector, count, params, extra_args
     return memory
 
   def decompose(layout, vector, memory):
-    del memory
     chosen = layout.map(lambda part: _transformed_axis(part, rank))
     bases = layout.map(
       lambda part, v, own: [

@@ -162,7 +162,6 @@ def hessian_lanczos(
     functions = _functions(names, params, extra_args)
 
     def refresh(vector, memory, params):
-      del vector
       product = matrix(layout, params, *functions)
       return _refresh(layout, memory, count, params, product, iterations)
 

@@ -141,7 +141,6 @@ def kronecker(
     return [_factored_axes(part, max_size, max_ratio) for part in layout.parts]
 
   def init(layout, params):
-    del params
 
     def factors(part, own):
       sizes = [part.shape[axis] for axis in own]
@@ -154,7 +153,6 @@ def kronecker(
     return for_each_part(layout, factors, factored(layout))
 
   def learn(layout, vector, memory, count, params, **extra_args):
-    del params, extra_args
     refresh = functools.partial(_refresh, layout, axes=factored(layout), decay=decay)
     return jax.lax.cond(is_due(count, interval), refresh, keep, vector, memory)
 

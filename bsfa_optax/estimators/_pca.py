@@ -154,7 +154,6 @@ def pca(
     )
 
   def learn(layout, vector, memory, count, params, **extra_args):
-    del params, extra_args
     index = count % history
     written = [
       jax.lax.dynamic_update_index_in_dim(rows, value.astype(rows.dtype), index, 0)
