@@ -382,15 +382,6 @@ def squared_norms(layout: Layout, vector: Vector) -> jax.Array:
   return layout.gather(layout.map(lambda part, x: energy(x, part.inner_axes), vector))
 
 
-def stack_norms(layout: Layout, stacks: Vector) -> jax.Array:
-  """Squared norms of the rows of a stack in every block, `(blocks, rows)`."""
-
-  def norms(part: Part, x: jax.Array) -> jax.Array:
-    return jnp.moveaxis(energy(x, tuple(1 + a for a in part.inner_axes)), 0, -1)
-
-  return layout.gather(layout.map(norms, stacks), 1)
-
-
 def inner(layout: Layout, a: Vector, b: Vector) -> jax.Array:
   """A B^T for stacks of r and q rows, `(blocks, r, q)`."""
 

@@ -583,30 +583,6 @@ def retract(trained: Any) -> Any:
   )
 
 
-class RenewableState(NamedTuple):
-  """State of `renewable`: one of the optimizer for each part that is renewed apart.
-
-  Attributes:
-    vectors_state: for drawn singular vectors and thin factors.
-    values_state: for singular values.
-    rest_state: for magnitudes and all leaves that are trained as they are.
-
-  Examples:
-    >>> import jax, jax.numpy as jnp, optax
-    >>> from bsfa_optax import low_rank
-    >>> trained, _ = low_rank.init(
-    ...   {'w': jnp.ones((6, 4))}, jax.random.key(0), low_rank.sst(2)
-    ... )
-    >>> state = low_rank.renewable(optax.scale_by_adam()).init(trained)
-    >>> state.values_state.mu['w'].s.shape
-    (4,)
-  """
-
-  vectors_state: Any
-  values_state: Any
-  rest_state: Any
-
-
 def renewable(
   tx: optax.GradientTransformation,
   others: optax.GradientTransformation | None = None,
@@ -623,7 +599,10 @@ def renewable(
       and leaves trained as they are. None: `tx`.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs` whose state is a `RenewableState`.
+    An `optax.GradientTransformationExtraArgs` whose state is an `optax.PartitionState`:
+    ``'vectors'`` has that for drawn singular vectors and thin factors, ``'values'`` for
+    singular values, and ``'rest'`` for magnitudes and leaves that are trained as they
+    are.
 
   Raises:
     TypeError: if an optimizer is no transformation, or is given the result of `join`.
@@ -638,28 +617,11 @@ def renewable(
   others = tx if others is None else others
   _check.transformation('tx', tx)
   _check.transformation('others', others)
-  txs: Any = {'vectors_state': tx, 'values_state': others, 'rest_state': others}
-  apart: Any = optax.partition(txs, _labels)
-  bare = lambda states: RenewableState(
-    **{name: masked.inner_state for name, masked in states.items()}
-  )
-
-  def init(params):
-    return bare(apart.init(params).inner_states)
-
-  def update(updates, state, params=None, **extra_args):
-    masked = {name: optax.MaskedState(x) for name, x in state._asdict().items()}
-    updates, new = apart.update(
-      updates, optax.transforms.PartitionState(masked), params, **extra_args
-    )
-    return updates, bare(new.inner_states)
-
-  return optax.GradientTransformationExtraArgs(init, update)
+  return optax.partition({'vectors': tx, 'values': others, 'rest': others}, _labels)
 
 
 def _labels(params: Any) -> Any:
-  """For each array the field of `RenewableState` that it belongs to."""
-  vectors, values, rest = RenewableState._fields
+  """For each array which state of `renewable` it belongs to."""
 
   def label(x):
     if isinstance(x, LowRankArray):
@@ -669,10 +631,10 @@ def _labels(params: Any) -> Any:
         ' updates a model in place, cannot train parts.'
       )
     if isinstance(x, Spectrum):
-      return Spectrum(vectors, values, vectors)
+      return Spectrum('vectors', 'values', 'vectors')
     if isinstance(x, Factors):
-      return Factors(vectors, vectors, None if x.magnitude is None else rest)
-    return rest
+      return Factors('vectors', 'vectors', None if x.magnitude is None else 'rest')
+    return 'rest'
 
   is_whole = lambda x: isinstance(x, LowRankArray) or _is_part(x)
   return jax.tree.map(label, params, is_leaf=is_whole)
@@ -717,7 +679,9 @@ def renew(
   """
   _check.transformation('tx', tx)
   _check_key(key)
-  is_ours = lambda x: isinstance(x, RenewableState)
+  is_ours = lambda x: (
+    isinstance(x, optax.PartitionState) and 'vectors' in x.inner_states
+  )
   if not any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours))):
     raise TypeError(
       'renew needs the state of an optimizer wrapped as low_rank.renewable(tx), got'
@@ -745,12 +709,15 @@ def renew(
   def choose(old, start):
     if not is_ours(old) or not restarted:
       return old
-    start = RenewableState(*map(_matrices.restarted, old, start))
+    restart = lambda name: _matrices.restarted(
+      old.inner_states[name], start.inner_states[name]
+    )
     # All matrices have had as many draws.
     values = jax.tree.map(
-      lambda a, b: jnp.where(due, a, b), start.values_state, old.values_state
+      lambda a, b: jnp.where(due, a, b), restart('values'), old.inner_states['values']
     )
-    return RenewableState(start.vectors_state, values, old.rest_state)
+    renewed = {'vectors': restart('vectors'), 'values': values}
+    return optax.PartitionState(old.inner_states | renewed)
 
   state = jax.tree.map(choose, state, tx.init(new), is_leaf=is_ours)
   return new, new_frozen, state

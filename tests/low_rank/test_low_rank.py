@@ -203,7 +203,10 @@ def test_renew_keeps_the_matrices_and_restarts_what_is_renewed(name):
     before = merge(trained, frozen)
     new, new_frozen, state = renew(TX, trained, frozen, state, jax.random.key(turn))
     assert_equal(merge(new, new_frozen), before, atol=1e-5)
-    vectors, values, rest = state[1]
+    states = state[1].inner_states
+    vectors, values, rest = (
+      states[name].inner_state for name in ('vectors', 'values', 'rest')
+    )
     counts = [int(s[0].count) for s in (vectors, values, rest)]
     schedules = [int(s[1].count) for s in (vectors, values, rest)]
     assert schedules == [3 * turn] * 3
@@ -234,7 +237,8 @@ def test_factors_take_an_optimizer_of_their_own():
   tx = low_rank.renewable(inside, optax.sgd(0.01))
   trained, frozen = start('normed', {'tall': make_params()['tall']})
   state = tx.init(trained)
-  assert state.vectors_state[0].coordinate_state.mu['tall'].i.values.shape == (3, 8, 1)
+  inner = state.inner_states['vectors'].inner_state
+  assert inner[0].coordinate_state.mu['tall'].i.values.shape == (3, 8, 1)
   before = loss_fn(trained, frozen)
   trained, _ = train(tx, trained, frozen, state, 4)
   assert loss_fn(trained, frozen) < before
