@@ -37,7 +37,9 @@ def interval(name: str, value: Any) -> None:
 
 
 def in_range(name: str, value: Any, low: float, high: float) -> None:
-  """Raises unless `value` is a number in [low, high)."""
+  """Raises unless `value` is a number in [low, high); arrays are injected options."""
+  if isinstance(value, (jax.Array, np.ndarray)):
+    return
   if not _is_number(value) or not low <= value < high:
     raise ValueError(f'{name} must be in [{low}, {high}), got {value!r}.')
 
@@ -82,12 +84,6 @@ def boolean(name: str, value: Any) -> None:
   """Raises unless `value` is True or False."""
   if not isinstance(value, (bool, np.bool_)):
     raise TypeError(f'{name} must be True or False, got {value!r}.')
-
-
-def share(name: str, value: Any) -> None:
-  """Raises unless `value` is a number in [0, 1), or traced."""
-  if not isinstance(value, (jax.Array, np.ndarray)):  # injected hyperparameters
-    in_range(name, value, 0.0, 1.0)
 
 
 def positive(name: str, value: Any) -> None:

@@ -67,7 +67,7 @@ def gram_svd(a: Rows, rank: int) -> tuple[jax.Array, Vector]:
   """
   narrow = any(x.dtype != a.scales.dtype for stack in a.stacks for x in stack)
   variance, left = _top(a.gram(), rank, 1e-4 if narrow else None)
-  inverse = _masked_reciprocal(jnp.sqrt(variance))
+  inverse = masked_reciprocal(jnp.sqrt(variance))
   rows = a.combine(inverse[:, :, None] * left)
   # Above that floor narrow rows are orthonormal to their own rounding, and a second
   # pass would need a wide copy of them.
@@ -97,7 +97,7 @@ def randomized_svd(
   sketch = jnp.broadcast_to(sketch, (a.scales.shape[0], size, n))
   warm = jnp.matrix_transpose(a.dot(warm_start))  # V A^T, one power iteration ahead
   norm = jnp.linalg.norm(warm, axis=2, keepdims=True)
-  warm = jnp.where(norm > 0, warm * _masked_reciprocal(norm), sketch[:, :rank])
+  warm = jnp.where(norm > 0, warm * masked_reciprocal(norm), sketch[:, :rank])
   sketch = jnp.concatenate([warm, sketch[:, rank:]], axis=1)
   for _ in range(POWER_ITERATIONS):
     _, sketch, _ = _orthonormal_range(a, sketch)
@@ -143,7 +143,7 @@ def _top(
   return values, vectors
 
 
-def _masked_reciprocal(x: jax.Array) -> jax.Array:
+def masked_reciprocal(x: jax.Array) -> jax.Array:
   return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
 
 

@@ -225,7 +225,9 @@ def spec_of(x: jax.Array) -> tuple[Any, ...]:
 def resharded(x: jax.Array, like: jax.Array, spec: Sequence[Any]) -> jax.Array:
   """`x` split by `spec` over the explicit mesh of `like`, if that is on one."""
   sharding = sharding_of(like, spec)
-  return x if sharding is None else jax.sharding.reshard(x, sharding)
+  if sharding is None or jax.typeof(x).sharding == sharding:
+    return x
+  return jax.sharding.reshard(x, sharding)
 
 
 def replicate(x: jax.Array) -> jax.Array:
@@ -238,12 +240,9 @@ def whole(x: jax.Array, axis: int) -> jax.Array:
   return resharded(x, x, [s if i != axis else None for i, s in enumerate(spec_of(x))])
 
 
-def like(x: jax.Array, other: Any) -> jax.Array:
+def like(x: jax.Array, other: jax.Array) -> jax.Array:
   """`x` with the sharding that `other` has on an explicit mesh."""
-  wanted = getattr(jax.typeof(other), 'sharding', None)
-  if wanted is None or wanted.mesh.empty or jax.typeof(x).sharding == wanted:
-    return x
-  return jax.sharding.reshard(x, wanted)
+  return resharded(x, other, spec_of(other))
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

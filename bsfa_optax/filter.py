@@ -129,7 +129,7 @@ def bsfa(
   )
 
 
-def _multipliers(alpha: Any, gamma: Any, exponent: Any) -> _base.SpectralFunction:
+def _multipliers(alpha: Any, gamma: Any, exponent: Any) -> Callable:
   """The f of `bsfa`."""
 
   def f(variance, dominant):
@@ -209,8 +209,8 @@ def bsfa_adamw(
     Loshchilov and Hutter, `Decoupled Weight Decay Regularization
     <https://arxiv.org/abs/1711.05101>`_, 2019
   """
-  _check.share('b1', b1)
-  _check.share('b2', b2)
+  _check.in_range('b1', b1, 0.0, 1.0)
+  _check.in_range('b2', b2, 0.0, 1.0)
   _check.multiplier('eps', eps)
   _check.multiplier('eps_root', eps_root)
   _check.floating('mu_dtype', mu_dtype)
@@ -274,7 +274,7 @@ def bsfa_adafactor(
     Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
     <https://arxiv.org/abs/1804.04235>`_, 2018
   """
-  _check.share('b1', b1)
+  _check.in_range('b1', b1, 0.0, 1.0)
   _check.multiplier('decay_rate', decay_rate)
   _check.positive_scalar('clipping_threshold', clipping_threshold)
   _check.positive_int('min_dim_size_to_factor', min_dim_size_to_factor)

@@ -197,26 +197,20 @@ def projected(
     due = (count % refresh_every == 0) & finite
     basis, inside = lax.cond(due, refresh, lambda: old)
     vectors = _each(dense, ranks, updates, basis)
-    down = lambda tree: _each(_down, ranks, tree, vectors)
-    rest = functools.partial(_rest, ranks)
-    seen = (None, None) if params is None else (down(params), rest(params))
-    coordinates = down(updates)
-    steps, inside = inner.update(coordinates, inside, seen[0], **extra_args)
-    others, outside = inner.update(
-      rest(updates), state.rest_state, seen[1], **extra_args
-    )
+    apart = lambda tree: (_each(_down, ranks, tree, vectors), _rest(ranks, tree))
+    coordinates, rest = apart(updates)
+    seen, rest_seen = (None, None) if params is None else apart(params)
+    steps, inside = inner.update(coordinates, inside, seen, **extra_args)
+    others, outside = inner.update(rest, state.rest_state, rest_seen, **extra_args)
     whole = functools.partial(_whole, residual, scale, count)
     both = _each(
       whole, ranks, updates, vectors, coordinates, steps, state.residual_norm
     )
     boxed = lambda r, g, new, other: jax.tree.map(lambda _: new[0], g) if r else other
-    return jax.tree.map(boxed, ranks, updates, both, others), ProjectedState(
-      count + finite.astype(jnp.int32),
-      basis,
-      jax.tree.map(lambda r, new: new[1] if r else new, ranks, both),
-      inside,
-      outside,
-    )
+    norms = jax.tree.map(lambda r, new: new[1] if r else new, ranks, both)
+    count += finite.astype(jnp.int32)
+    state = ProjectedState(count, basis, norms, inside, outside)
+    return jax.tree.map(boxed, ranks, updates, both, others), state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
