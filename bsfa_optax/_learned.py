@@ -86,7 +86,7 @@ def learned(
   def init(params):
     layout = layout_of(params)
     memory = init_memory(layout, params)
-    shapes[layout] = shapes_of(memory)
+    shapes[layout] = shapes_of(memory)  # an update has to trace no second one
     for observer in _leaves.observers[-1:]:
       observer.append(_leaves.Observed(layout, memory, interval))
     return FilterState(

@@ -403,7 +403,7 @@ def _add_row_axis(node: Any) -> Any:
 
 def _split_axes(name: str, leaf: Any, axis_names: tuple[str, ...]) -> tuple[str, ...]:
   """Those of `axis_names` that split a leaf: it varies over no others."""
-  if jax.sharding.get_abstract_mesh().empty:
+  if jax.sharding.get_abstract_mesh().empty:  # within jax.shard_map there is one
     return ()
   varying = varying_axes(leaf)
   if rest := varying.difference(axis_names):

@@ -125,6 +125,7 @@ def each_matrix(f: Callable, x: jax.Array) -> Any:
 
 def orthonormal(y: jax.Array) -> jax.Array:
   """Columns that span what those of `(*batch, n, k)` span, by Cholesky QR, twice."""
+  # The second time takes away what the first lost to an ill-conditioned Gram matrix.
   for _ in range(2):
     inverse = each_matrix(_svd.inverse_cholesky, product('sk,sl->kl', y, y))
     y = product('sk,lk->sl', y, inverse)
@@ -133,6 +134,7 @@ def orthonormal(y: jax.Array) -> jax.Array:
 
 def one_hot(index: jax.Array, n: int, dtype: Any) -> jax.Array:
   """Rows of the identity, `(*batch, r, n)` for indices `(*batch, r)`."""
+  # Compared, where the batch index lies: a gather would have to be told where to.
   columns = jnp.arange(n, dtype=index.dtype).reshape((1,) * index.ndim + (n,))
   return (columns == index[..., None]).astype(dtype)
 
@@ -158,6 +160,7 @@ def top_directions(g: jax.Array, rank: int, key: jax.Array) -> jax.Array:
   is used in products alone, and so is never gathered.
   """
   g = g.astype(accumulator(g.dtype))
+  # In units of its norm, so that neither a tiny nor a huge gradient leaves the range.
   square = jnp.square(g).sum((-2, -1), keepdims=True)
   scale = lax.rsqrt(jnp.where(square > 0, square, 1))
   step = lambda q: product('ms,mk->sk', g, product('ms,sk->mk', g, q) * scale) * scale

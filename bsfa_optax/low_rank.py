@@ -302,6 +302,7 @@ def _times(x: jax.Array | None, trained: Any, frozen: Any, precision: Any) -> ja
   if isinstance(trained, Spectrum):
     hot = frozen.one_hot(trained.s.dtype)
     own = product('rk,k->r', hot, trained.s).astype(trained.s.dtype)
+    # The stored vectors of what was drawn are out of date: the trained ones count.
     others = trained.s * (1 - hot.sum(-2))
     drawn = _enhanced if frozen.enhanced else _spectral
     return _spectral(precision, x, frozen.u, others, frozen.v) + drawn(
@@ -341,6 +342,7 @@ def _enhanced_backward(precision, given, g):
   # Values turn negative in training, and without its sign the gradient would too.
   sign = jnp.where(s < 0, -1, 1).astype(s.dtype)
   spectral = functools.partial(_spectral, precision)
+  # Of both derivatives the compiler keeps what is used, and what they share once.
   of_x, _, of_s, _ = jax.vjp(spectral, *given)[1](g)
   _, of_u, _, of_v = jax.vjp(spectral, x, u, sign, v)[1](g)
   return of_x, of_u, of_s, of_v
@@ -831,6 +833,7 @@ def _drawn(
   s: jax.Array, frozen: FrozenSpectrum, rank: int, key: jax.Array
 ) -> tuple[Spectrum, FrozenSpectrum]:
   """Vectors drawn without replacement, with probabilities in proportion to |s|."""
+  # The greatest of Gumbel noise plus log weights are a draw without replacement.
   noise = resharded(jax.random.gumbel(key, s.shape, jnp.float32), s, spec_of(s))
   score = jnp.log(jnp.abs(s.astype(jnp.float32))) + noise
   frozen = dataclasses.replace(frozen, drawn=_matrices.greatest(score, rank))
@@ -874,6 +877,7 @@ def _factored(
 def _restarted(
   t: Factors, f: FrozenFactors, key: jax.Array
 ) -> tuple[Factors, FrozenFactors]:
+  # Without the magnitudes, which are trained on: the new W0 is normed by them again.
   whole = LowRankArray(t._replace(magnitude=None), f).dense(lax.Precision.HIGHEST)
   rank = t.i.shape[-1]
   method = _LoRA(rank, f.scale, column_norm=False, restart=True)

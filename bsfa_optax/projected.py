@@ -193,6 +193,7 @@ def projected(
       carried = functools.partial(_carried, inner, carry, ranks, updates, *bases)
       return new, lax.cond(count > 0, carried, lambda state: state, old[1])
 
+    # The count stands still otherwise: the next finite gradient makes a subspace.
     finite = jnp.array([jnp.isfinite(g).all() for g in matrices]).all()
     due = (count % refresh_every == 0) & finite
     basis, inside = lax.cond(due, refresh, lambda: old)
@@ -301,6 +302,7 @@ def _carried(
   shapes = [y.shape for y in leaves]
   overlaps = _each(lambda _, p, q: product('sn,so->no', p, q), ranks, new, old)
 
+  # Moments, momenta and whatever else of the state has the tree of the coordinates.
   def are_coordinates(x):
     leaves, treedef = jax.tree.flatten(x)
     return (treedef, [y.shape for y in leaves]) == (structure, shapes)
@@ -340,6 +342,7 @@ def _whole(
     if residual == 'sign':
       rest = jnp.sign(rest)
     else:
+      # Of each row: how much longer the inner optimizer made its coordinates.
       norm = lambda x: jnp.linalg.norm(x.astype(wide), axis=-1, keepdims=True)
       rest *= norm(step) / (norm(c) + 1e-8)
       size = jnp.sqrt(jnp.square(rest).sum((-2, -1)))
