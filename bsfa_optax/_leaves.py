@@ -229,7 +229,6 @@ def choose(
   names: list[str], arrays: list[Any], batch: list[tuple[int, ...]], leaves: Predicate
 ) -> list[tuple[bool, str]]:
   """For each leaf whether it is filtered, and why."""
-  _check.predicate(leaves)
   if leaves is None:
     shapes = [
       tuple(n for axis, n in enumerate(np.shape(x)) if axis not in own)
@@ -247,6 +246,7 @@ def choose(
             ' index layers or experts, and a single matrix needs none.'
           )
     return found
+  _check.predicate(leaves)
   verdicts = [bool(leaves(n, x)) for n, x in zip(names, arrays, strict=True)]
   return [(v, 'leaves' if v else 'not in leaves') for v in verdicts]
 
