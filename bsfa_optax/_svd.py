@@ -49,12 +49,10 @@ class Rows(NamedTuple):
 
   def combine(self, weights: jax.Array) -> Vector:
     """W A for weights (blocks, q, n), as a stack of q rows."""
-    weights = weights * self.scales[:, None]
-    parts, start = [], 0
-    for stack in self.stacks:
-      stop = start + stack[0].shape[0]
-      parts.append(_vectors.mix(self.layout, weights[:, :, start:stop], stack))
-      start = stop
+    ends = list(itertools.accumulate(stack[0].shape[0] for stack in self.stacks))
+    pieces = jnp.split(weights * self.scales[:, None], ends[:-1], axis=2)
+    mixed = functools.partial(_vectors.mix, self.layout)
+    parts = list(map(mixed, pieces, self.stacks))
     return [functools.reduce(operator.add, leaf) for leaf in zip(*parts, strict=True)]
 
 
