@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from bsfa_optax import _linalg, _vectors
+from bsfa_optax._svd import masked_reciprocal
 from bsfa_optax._vectors import Layout, Vector
 
 Matvec = Callable[[Vector], Vector]
@@ -125,14 +126,14 @@ def top_eigenpairs(
     new, size = reject(w_or_given, rows), norm(w_or_given)
     rest = norm(new)
     usable = (rest > 32 * eps * size) & jnp.isfinite(rest)  # else it is rounding
-    new = _vectors.scale(layout, new, _reciprocal(rest))
+    new = _vectors.scale(layout, new, masked_reciprocal(rest))
     other = _vectors.random(jax.random.normal, like, jax.random.fold_in(key, j))
     other = _vectors.scale(layout, other, unit)  # of norm about 1
     new = _vectors.select(layout, usable, new, other)
     new = reject(new, rows)  # a second time: rounding of the first is gone, too
     rest = norm(new)
     found = rest > jnp.sqrt(eps)  # else the rows span the whole block
-    new = _vectors.scale(layout, new, jnp.where(found, _reciprocal(rest), 0))
+    new = _vectors.scale(layout, new, jnp.where(found, masked_reciprocal(rest), 0))
     rows = jax.tree.map(
       lambda r, x: jax.lax.dynamic_update_index_in_dim(r, x, j, 0), rows, new
     )
@@ -168,7 +169,3 @@ def top_eigenpairs(
   vectors = jnp.where(present[:, :, None], vectors, 0)[:, :rank]
   basis = _vectors.mix(layout, vectors, rows)
   return jnp.where(finite[:, None], values, jnp.nan), basis
-
-
-def _reciprocal(x: jax.Array) -> jax.Array:
-  return 1 / jnp.where(x > 0, x, 1)

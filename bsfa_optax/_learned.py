@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _check, _leaves, _vectors
+from bsfa_optax import _leaves, _vectors
 from bsfa_optax._vectors import Layout, Vector
 
 Interval = int | Callable[[jax.Array], jax.Array]
@@ -71,15 +71,22 @@ def learned(
   shapes: dict[Layout, Any] = {}  # of the memory
 
   def check(layout, updates, memory):
-    if layout not in shapes:
+    if layout not in shapes:  # not made here, or of updates in another dtype
       like = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
       init = functools.partial(init_memory, layout)
-      shapes[layout] = _check.shapes(jax.eval_shape(init, jax.tree.map(like, updates)))
-    _check.memory(memory, shapes[layout])
+      shapes[layout] = shapes_of(jax.eval_shape(init, jax.tree.map(like, updates)))
+    _check_shapes(
+      shapes_of(memory),
+      shapes[layout],
+      'state must be of the same transformation and of parameters like the updates',
+      'memory/{}',
+      'build the transformation as the state was made, or make a new state with init',
+    )
 
   def init(params):
     layout = layout_of(params)
     memory = init_memory(layout, params)
+    shapes[layout] = shapes_of(memory)  # an update has to trace no second one
     for observer in _leaves.observers[-1:]:
       observer.append(_leaves.Observed(layout, memory, interval))
     return FilterState(
@@ -90,11 +97,13 @@ def learned(
     )
 
   def update(updates, state, params=None, *, history=None, **extra_args):
-    _check.is_state('FilterState', FilterState, state)
+    check_state(FilterState, state)
     layout = layout_of(updates)
     check(layout, updates, state.memory)
     if history is not None:
-      _check.like_updates('history', history, updates)
+      must = 'history must be a tree like the updates'
+      remedy = 'make it from the gradients'
+      _check_shapes(shapes_of(history), shapes_of(updates), must, "'{}'", remedy)
     count, skipped = state.filter_count, state.skipped_updates
     if not layout.parts:
       return updates, state._replace(filter_count=increment(count))
@@ -126,6 +135,36 @@ def learned(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+def check_state(kind: type, state: Any) -> None:
+  """Raises unless `state` is what `init` of this transformation gives."""
+  if not isinstance(state, kind):
+    name = kind.__name__
+    article = 'an' if name[0] in 'AEIO' else 'a'
+    raise TypeError(
+      f'state must be {article} {name}, got {type(state).__name__}; use the state that'
+      ' init of the same transformation returned.'
+    )
+
+
+def shapes_of(tree: Any) -> dict[str, Any]:
+  """The shapes of a tree's leaves by their paths, in boxes of Flax or not."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): jnp.shape(x)
+    for path, x in jax.tree_util.tree_leaves_with_path(_leaves.unbox(tree))
+  }
+
+
+def _check_shapes(
+  given: dict, wanted: dict, must: str, where: str, remedy: str
+) -> None:
+  """Raises unless two trees have the same shapes, naming the first that differ."""
+  for name in sorted(given.keys() | wanted.keys()):
+    old, new = given.get(name, 'nothing'), wanted.get(name, 'nothing')
+    if old != new:
+      at = where.format(name)
+      raise ValueError(f'{must}, got {old} for {at}, expected {new}; {remedy}.')
+
+
 def for_each_part(layout: Layout, make: Callable[..., Any], *vectors: Any) -> Any:
   """A memory with an entry for each part, as `Layout.map` gives them.
 
@@ -138,7 +177,6 @@ def for_each_part(layout: Layout, make: Callable[..., Any], *vectors: Any) -> An
 def keep(vector: Any, memory: Any, *_: Any) -> Any:
   """What `cond` calls where there is nothing to learn."""
   # Of the module, as each new function would be compiled anew by an eager call.
-  del vector
   return memory
 
 

@@ -151,21 +151,19 @@ def layout(
   # Labels and predicates are two ways to choose: with labels, leaves go unasked.
   label_of = broadcast(labels, tree, lambda x: x is None, 'labels')
   if labels is None:
-    chosen = _chosen(names, arrays, batch, leaves)
+    chosen = choose(names, arrays, batch, leaves)
   else:
     chosen = [_labelled(*each) for each in zip(names, label_of, strict=True)]
-  axis_names = _check.names('axis_name', axis_name)
+  axis_names = _names(axis_name)
   named = broadcast(axes, tree, is_axes, 'axes')
   columns = zip(names, arrays, batch, named, chosen, strict=True)
   found = []
   for i, (name, x, indices, spec, (filtered, why)) in enumerate(columns):
-    if filtered:
-      _check_real(name, x)
+    dtype = _dtype(name, x, filtered)
     split = _split_axes(name, x, axis_names) if filtered else ()
     # Only layouts that stack, those of filters with factors, are asked for axes.
     own = _factored(spec, name, x, indices, split if stacked else ())
-    shape, dtype = np.shape(x), _dtype(name, x)
-    found.append(Leaf(name, i, shape, dtype, indices, why, filtered, own, split))
+    found.append(Leaf(name, i, np.shape(x), dtype, indices, why, filtered, own, split))
 
   members: dict[Any, list[Leaf]] = {}
   for leaf in found:
@@ -227,7 +225,7 @@ def _blocks(parts: tuple[Part, ...], label_of: list[str | None]) -> tuple[Block,
   return tuple(blocks)
 
 
-def _chosen(
+def choose(
   names: list[str], arrays: list[Any], batch: list[tuple[int, ...]], leaves: Predicate
 ) -> list[tuple[bool, str]]:
   """For each leaf whether it is filtered, and why."""
@@ -248,11 +246,7 @@ def _chosen(
             ' index layers or experts, and a single matrix needs none.'
           )
     return found
-  if not callable(leaves):
-    raise TypeError(
-      f'leaves must be a function of a name and a leaf, got {leaves!r}; for instance'
-      " leaves=lambda name, leaf: name.endswith('kernel')."
-    )
+  _check.predicate(leaves)
   verdicts = [bool(leaves(n, x)) for n, x in zip(names, arrays, strict=True)]
   return [(v, 'leaves' if v else 'not in leaves') for v in verdicts]
 
@@ -301,32 +295,37 @@ def _factored(
   return value
 
 
-def _check_real(name: str, x: Any) -> None:
-  dtype = _dtype(name, x)
-  if not jnp.issubdtype(dtype, jnp.floating):
-    remedy = (
-      'wrap the transformation in optax.contrib.split_real_and_imaginary'
-      if jnp.issubdtype(dtype, jnp.complexfloating)
-      else 'leave the leaf out with optax.masked or optax.partition'
-    )
-    raise TypeError(
-      f'parameters must be floating-point, got {dtype} for {name!r}; {remedy}.'
-    )
-
-
 def check_arrays(params: Any) -> None:
   """Raises a TypeError with a remedy if a leaf is neither an array nor a number."""
   for path, x in jax.tree_util.tree_leaves_with_path(unbox(params)):
-    _dtype(jax.tree_util.keystr(path, simple=True, separator='/'), x)
+    _dtype(jax.tree_util.keystr(path, simple=True, separator='/'), x, filtered=False)
 
 
-def _dtype(name: str, x: Any) -> Any:
+def _dtype(name: str, x: Any, filtered: bool) -> Any:
   if not (hasattr(x, 'dtype') or isinstance(x, (int, float, complex))):
     raise TypeError(
       f'parameters must be arrays or numbers, got {x!r} for {name!r}; leave it out of'
       ' the tree, as with equinox.filter(model, equinox.is_inexact_array).'
     )
-  return x.dtype if hasattr(x, 'dtype') else jnp.result_type(x)
+  dtype = x.dtype if hasattr(x, 'dtype') else jnp.result_type(x)
+  if filtered and not jnp.issubdtype(dtype, jnp.floating):
+    remedy = 'leave the leaf out with optax.masked or optax.partition'
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+      remedy = 'wrap the transformation in optax.contrib.split_real_and_imaginary'
+    raise TypeError(
+      f'parameters must be floating-point, got {dtype} for {name!r}; {remedy}.'
+    )
+  return dtype
+
+
+def _names(axis_name: Any) -> tuple[str, ...]:
+  names = (axis_name,) if isinstance(axis_name, str) else axis_name
+  names = () if names is None else names
+  if not isinstance(names, (tuple, list)) or not all(isinstance(x, str) for x in names):
+    raise TypeError(
+      f'axis_name must be a name of a mesh axis or a tuple of names, got {axis_name!r}.'
+    )
+  return tuple(names)
 
 
 def is_box(node: Any) -> bool:
@@ -410,7 +409,7 @@ def _add_row_axis(node: Any) -> Any:
 
 def _split_axes(name: str, leaf: Any, axis_names: tuple[str, ...]) -> tuple[str, ...]:
   """Those of `axis_names` that split a leaf: it varies over no others."""
-  if not isinstance(leaf, jax.core.Tracer):
+  if jax.sharding.get_abstract_mesh().empty:  # within jax.shard_map there is one
     return ()
   varying = varying_axes(leaf)
   if rest := varying.difference(axis_names):

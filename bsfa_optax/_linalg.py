@@ -41,6 +41,12 @@ def inverse_cholesky(gram: jax.Array) -> jax.Array:
   return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
 
 
+@_one_by_one_on_cpu
+def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """U, S, V^T of `(batch, m, n)`."""
+  return tuple(jnp.linalg.svd(matrix, full_matrices=False))
+
+
 LARGE = 2**22  # entries: more at once gain no speed, only need memory
 
 

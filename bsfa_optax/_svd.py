@@ -49,12 +49,10 @@ class Rows(NamedTuple):
 
   def combine(self, weights: jax.Array) -> Vector:
     """W A for weights (blocks, q, n), as a stack of q rows."""
-    weights = weights * self.scales[:, None]
-    parts, start = [], 0
-    for stack in self.stacks:
-      stop = start + stack[0].shape[0]
-      parts.append(_vectors.mix(self.layout, weights[:, :, start:stop], stack))
-      start = stop
+    ends = list(itertools.accumulate(stack[0].shape[0] for stack in self.stacks))
+    pieces = jnp.split(weights * self.scales[:, None], ends[:-1], axis=2)
+    mixed = functools.partial(_vectors.mix, self.layout)
+    parts = list(map(mixed, pieces, self.stacks))
     return [functools.reduce(operator.add, leaf) for leaf in zip(*parts, strict=True)]
 
 
@@ -67,7 +65,7 @@ def gram_svd(a: Rows, rank: int) -> tuple[jax.Array, Vector]:
   """
   narrow = any(x.dtype != a.scales.dtype for stack in a.stacks for x in stack)
   variance, left = _top(a.gram(), rank, 1e-4 if narrow else None)
-  inverse = _masked_reciprocal(jnp.sqrt(variance))
+  inverse = masked_reciprocal(jnp.sqrt(variance))
   rows = a.combine(inverse[:, :, None] * left)
   # Above that floor narrow rows are orthonormal to their own rounding, and a second
   # pass would need a wide copy of them.
@@ -97,7 +95,7 @@ def randomized_svd(
   sketch = jnp.broadcast_to(sketch, (a.scales.shape[0], size, n))
   warm = jnp.matrix_transpose(a.dot(warm_start))  # V A^T, one power iteration ahead
   norm = jnp.linalg.norm(warm, axis=2, keepdims=True)
-  warm = jnp.where(norm > 0, warm * _masked_reciprocal(norm), sketch[:, :rank])
+  warm = jnp.where(norm > 0, warm * masked_reciprocal(norm), sketch[:, :rank])
   sketch = jnp.concatenate([warm, sketch[:, rank:]], axis=1)
   for _ in range(POWER_ITERATIONS):
     _, sketch, _ = _orthonormal_range(a, sketch)
@@ -124,10 +122,10 @@ def _orthonormal_range(
   """Y = W A, then Q A^T for Q = R^-1 Y with orthonormal rows, and R^-1."""
   # Only the span of W counts. With orthonormal rows, Y spreads over no more orders of
   # magnitude than A, and less of it is lost to the shift of its Gram matrix.
-  sketch = _inverse_cholesky(sketch @ jnp.matrix_transpose(sketch)) @ sketch
+  sketch = inverse_cholesky(sketch @ jnp.matrix_transpose(sketch)) @ sketch
   found = a.combine(sketch)
   gram = _vectors.inner(a.layout, found, found).astype(sketch.dtype)
-  inverse = _inverse_cholesky(gram)
+  inverse = inverse_cholesky(gram)
   return found, inverse @ jnp.matrix_transpose(a.dot(found)), inverse
 
 
@@ -143,11 +141,11 @@ def _top(
   return values, vectors
 
 
-def _masked_reciprocal(x: jax.Array) -> jax.Array:
+def masked_reciprocal(x: jax.Array) -> jax.Array:
   return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
 
 
-def _inverse_cholesky(gram: jax.Array) -> jax.Array:
+def inverse_cholesky(gram: jax.Array) -> jax.Array:
   """R^-1 with R R^T = gram, shifted so that a singular matrix is no error."""
   n = gram.shape[-1]
   trace = jnp.trace(gram, axis1=1, axis2=2)[:, None, None]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
+import re
 import string
 from typing import Any, NamedTuple
 
@@ -224,7 +225,9 @@ def spec_of(x: jax.Array) -> tuple[Any, ...]:
 def resharded(x: jax.Array, like: jax.Array, spec: Sequence[Any]) -> jax.Array:
   """`x` split by `spec` over the explicit mesh of `like`, if that is on one."""
   sharding = sharding_of(like, spec)
-  return x if sharding is None else jax.sharding.reshard(x, sharding)
+  if sharding is None or jax.typeof(x).sharding == sharding:
+    return x
+  return jax.sharding.reshard(x, sharding)
 
 
 def replicate(x: jax.Array) -> jax.Array:
@@ -237,12 +240,9 @@ def whole(x: jax.Array, axis: int) -> jax.Array:
   return resharded(x, x, [s if i != axis else None for i, s in enumerate(spec_of(x))])
 
 
-def like(x: jax.Array, other: Any) -> jax.Array:
+def like(x: jax.Array, other: jax.Array) -> jax.Array:
   """`x` with the sharding that `other` has on an explicit mesh."""
-  wanted = getattr(jax.typeof(other), 'sharding', None)
-  if wanted is None or wanted.mesh.empty or jax.typeof(x).sharding == wanted:
-    return x
-  return jax.sharding.reshard(x, wanted)
+  return resharded(x, other, spec_of(other))
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -274,25 +274,38 @@ def keep_replicated(state: Any) -> Any:
 # On single arrays.
 
 
-def product(subscripts: str, x: jax.Array, y: jax.Array, spec: Any = None) -> jax.Array:
-  """`jnp.einsum` at full precision, in the accumulators' dtype.
+def product(
+  subscripts: str,
+  x: jax.Array,
+  y: jax.Array,
+  spec: Any = None,
+  precision: Any = lax.Precision.HIGHEST,
+) -> jax.Array:
+  """`jnp.einsum` in the accumulators' dtype.
 
-  On an explicit mesh an axis of the result is split as the one of its letter in `x`,
-  unless a `spec` says otherwise.
+  Axes in front without a letter are batch axes, of which an operand has all or none.
+  On an explicit mesh an axis of the result is split as that of its letter in an
+  operand, unless a `spec` says otherwise.
   """
+  # Full precision, unless told otherwise: in TF32 or bfloat16, which accelerators take
+  # by default, the rounding of a Gram matrix would pass for directions.
   dtype = np.promote_types(accumulator(x.dtype), accumulator(y.dtype))
   if x.dtype != y.dtype:
     x, y = x.astype(dtype), y.astype(dtype)
+  first, second, output = re.split(',|->', subscripts)
+  leading = [string.ascii_uppercase[: x.ndim - len(first)]]
+  leading += [string.ascii_uppercase[: y.ndim - len(second)]]
+  first, second = leading[0] + first, leading[1] + second
+  output = max(leading, key=len) + output
   if spec is None:
-    partition = dict(zip(subscripts.split(',')[0], spec_of(x), strict=True))
-    spec = [partition.get(letter) for letter in subscripts.split('->')[1]]
+    axes = (*zip(first, spec_of(x), strict=True), *zip(second, spec_of(y), strict=True))
+    partition = {letter: axis for letter, axis in axes if axis}
+    spec = [partition.get(letter) for letter in output]
   return jnp.einsum(
-    subscripts,
+    f'{first},{second}->{output}',
     x,
     y,
-    # In TF32 or bfloat16, which accelerators take by default, the rounding of a Gram
-    # matrix would pass for directions.
-    precision=lax.Precision.HIGHEST,
+    precision=precision,
     preferred_element_type=dtype,
     out_sharding=sharding_of(x, spec),
   )
@@ -366,15 +379,6 @@ def sums(layout: Layout, vector: Vector) -> jax.Array:
 def squared_norms(layout: Layout, vector: Vector) -> jax.Array:
   """Squared norm of every block, `(blocks,)`."""
   return layout.gather(layout.map(lambda part, x: energy(x, part.inner_axes), vector))
-
-
-def stack_norms(layout: Layout, stacks: Vector) -> jax.Array:
-  """Squared norms of the rows of a stack in every block, `(blocks, rows)`."""
-
-  def norms(part: Part, x: jax.Array) -> jax.Array:
-    return jnp.moveaxis(energy(x, tuple(1 + a for a in part.inner_axes)), 0, -1)
-
-  return layout.gather(layout.map(norms, stacks), 1)
 
 
 def inner(layout: Layout, a: Vector, b: Vector) -> jax.Array:

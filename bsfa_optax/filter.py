@@ -129,7 +129,7 @@ def bsfa(
   )
 
 
-def _multipliers(alpha: Any, gamma: Any, exponent: Any) -> _base.SpectralFunction:
+def _multipliers(alpha: Any, gamma: Any, exponent: Any) -> Callable:
   """The f of `bsfa`."""
 
   def f(variance, dominant):
@@ -209,8 +209,8 @@ def bsfa_adamw(
     Loshchilov and Hutter, `Decoupled Weight Decay Regularization
     <https://arxiv.org/abs/1711.05101>`_, 2019
   """
-  _check.share('b1', b1)
-  _check.share('b2', b2)
+  _check.in_range('b1', b1, 0.0, 1.0)
+  _check.in_range('b2', b2, 0.0, 1.0)
   _check.multiplier('eps', eps)
   _check.multiplier('eps_root', eps_root)
   _check.floating('mu_dtype', mu_dtype)
@@ -274,7 +274,7 @@ def bsfa_adafactor(
     Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
     <https://arxiv.org/abs/1804.04235>`_, 2018
   """
-  _check.share('b1', b1)
+  _check.in_range('b1', b1, 0.0, 1.0)
   _check.multiplier('decay_rate', decay_rate)
   _check.positive_scalar('clipping_threshold', clipping_threshold)
   _check.positive_int('min_dim_size_to_factor', min_dim_size_to_factor)
@@ -394,7 +394,7 @@ def accelerate(
     return AccelerateState(base.init(params), source.init(params), last.init(params))
 
   def update(updates, state, params=None, **extra):
-    _check.is_state('AccelerateState', AccelerateState, state)
+    _learned.check_state(AccelerateState, state)
     seen, source_state = source.update(updates, state.history_state, params, **extra)
     updates, base_state = base.update(updates, state.base_state, params, **extra)
     updates, filter_state = last.update(
@@ -493,7 +493,7 @@ def interpolated(
     )
 
   def update(updates, state, params=None, **extra_args):
-    _check.is_state('InterpolatedState', InterpolatedState, state)
+    _learned.check_state(InterpolatedState, state)
     inner: Any
     filtered, inner = filter_.update(updates, state.filter_state, params, **extra_args)
     fraction = inner.measured['dominant_fraction']
@@ -595,7 +595,7 @@ def split_by_subspace(
     return SplitState(projector.init(params), inside.init(params), outside.init(params))
 
   def update(updates, state, params=None, **extra_args):
-    _check.is_state('SplitState', SplitState, state)
+    _learned.check_state(SplitState, state)
     projector_state: Any
     rest, projector_state = projector.update(
       updates, state.projector_state, params, **extra_args

@@ -12,12 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _check
-from bsfa_optax._vectors import accumulator
+from bsfa_optax import _check, _learned, _matrices
+from bsfa_optax._vectors import accumulator, product, resharded, spec_of
 from bsfa_optax.estimators import _dct
-from bsfa_optax.low_rank import _choice, _matrices
-from bsfa_optax.low_rank._choice import Matrix
-from bsfa_optax.low_rank._matrices import product
 
 Subspace = Literal['svd', 'random', 'columns', 'dct']
 Residual = Literal[None, 'sign', 'scaled']
@@ -46,8 +43,8 @@ class Coordinates(NamedTuple):
   """Marks a leaf in the coordinates of a subspace, as the inner optimizer sees it.
 
   Attributes:
-    values: ``(*batch, m, rank)``, or ``(*batch, rank, n)`` if the rows are the shorter
-      side, in the parameter's dtype and with its sharding on the longer side.
+    values: ``(*batch, n, rank)`` for a longer side of n entries, in the parameter's
+      dtype and with its sharding on that side.
   """
 
   values: Any
@@ -59,8 +56,8 @@ class ProjectedState(NamedTuple):
   Attributes:
     projection_count: updates so far, int32 ().
     projection_basis: a tree like the parameters with a `Basis` for each matrix.
-    residual_norm: norms of the last scaled residuals, float32 ``(*batch,)`` for each
-      matrix; `optax.MaskedNode` without such a residual.
+    residual_norm: a tree like the parameters with the norm of the last scaled residual,
+      float32 ``(*batch,)``, for each matrix; all masked without such a residual.
     coordinate_state: the inner optimizer's state for the matrices.
     rest_state: the inner optimizer's state for all other leaves.
 
@@ -148,7 +145,7 @@ def projected(
     >>> params = {'kernel': jnp.ones((8, 16)), 'bias': jnp.zeros(16)}
     >>> updates, state = tx.update(params, tx.init(params), params)
     >>> state[0].coordinate_state.mu['kernel'].values.shape
-    (2, 16)
+    (16, 2)
 
   References:
     Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection
@@ -156,310 +153,220 @@ def projected(
     and `dct_adamw`
   """
   _check.transformation('inner', inner)
-  _one_of('subspace', subspace, get_args(Subspace))
-  _one_of('residual', residual, get_args(Residual))
-  _one_of('carry', carry, get_args(Carry))
+  _check.one_of('subspace', subspace, *get_args(Subspace))
+  _check.one_of('residual', residual, *get_args(Residual))
+  _check.one_of('carry', carry, *get_args(Carry))
   _check.positive_int('refresh_every', refresh_every)
   _check.multiplier('scale', scale)
-  _choice.check(rank, leaves, batch_axes)
+  _matrices.check(rank, leaves, batch_axes)
   inner = optax.with_extra_args_support(inner)
-  find = lambda tree: _Plan(tree, _choice.matrices(tree, rank, leaves, batch_axes))
+  dense = functools.partial(_dense, subspace)
 
   def init(params):
-    plan = find(params)
-    norms = optax.MaskedNode()
-    if residual == 'scaled':
-      zeros = lambda p, m: _matrices.zeros(p, p.shape[:-2], _specs(p, m)[0])
-      norms = plan.each(lambda p, m: zeros(p, m).astype(jnp.float32))
+    ranks = _matrices.ranks(params, rank, leaves, batch_axes)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    basis = _each(functools.partial(_zero_basis, subspace), ranks, zeros)
+    vectors = _each(dense, ranks, zeros, basis)
+    norm = lambda _, x: x.sum((-2, -1)).astype(jnp.float32)
+    masked = lambda *_: optax.MaskedNode()
     return ProjectedState(
       jnp.zeros((), jnp.int32),
-      plan.each(lambda p, m: Basis(_zero_basis(p, m, subspace))),
-      norms,
-      inner.init(plan.each(_zero_coordinates)),
-      inner.init(plan.rest()),
+      basis,
+      _each(norm if residual == 'scaled' else masked, ranks, zeros),
+      inner.init(_each(_down, ranks, zeros, vectors)),
+      inner.init(_rest(ranks, params)),
     )
 
   def update(updates, state, params=None, **extra_args):
-    _check.is_state('ProjectedState', ProjectedState, state)
-    plan = find(updates)
-    count, old = state.projection_count, plan.values(state.projection_basis)
+    _learned.check_state(ProjectedState, state)
+    ranks = _matrices.ranks(updates, rank, leaves, batch_axes)
+    count = state.projection_count
+    old = state.projection_basis, state.coordinate_state
+    matrices = jax.tree.leaves(_each(lambda _, g: g, ranks, updates))
 
     def refresh():
       key = jax.random.fold_in(jax.random.key(seed), count)
-      keys = iter(jax.random.split(key, max(1, len(old))))
-      learn = lambda g, m, b: _new_basis(g, m, subspace, next(keys), b)
-      new = plan.values(plan.each(learn, old))
-      carried = lambda: _carried(
-        inner, carry, plan, subspace, state.coordinate_state, old, new
-      )
-      return new, lax.cond(count > 0, carried, lambda: state.coordinate_state)
+      keys = iter(jax.random.split(key, len(matrices)))
+      learn = lambda *x: Basis(_new_basis(subspace, next(keys), *x))
+      new = _each(learn, ranks, updates, old[0])
+      bases = [_each(dense, ranks, updates, x) for x in (new, old[0])]
+      carried = functools.partial(_carried, inner, carry, ranks, updates, *bases)
+      return new, lax.cond(count > 0, carried, lambda state: state, old[1])
 
-    leaves = jax.tree.leaves(plan.values(updates))
-    finite = jnp.array([jnp.isfinite(g).all() for g in leaves]).all()
-    bases, inside = lax.cond(
-      (count % refresh_every == 0) & finite,
-      refresh,
-      lambda: (old, state.coordinate_state),
-    )
-    dense = plan.values(plan.each(lambda g, m, b: _dense(b, m, subspace, g), bases))
-    down = plan.each(_down, dense)
-    values = rest_values = None
-    if params is not None:
-      of_params = _Plan(params, plan.found)
-      values, rest_values = of_params.each(_down, dense), of_params.rest()
-    steps, inside = inner.update(down, inside, values, **extra_args)
-    others, outside = inner.update(
-      plan.rest(), state.rest_state, rest_values, **extra_args
-    )
-    lasts = plan.values(state.residual_norm) if residual == 'scaled' else dense
+    # The count stands still otherwise: the next finite gradient makes a subspace.
+    finite = jnp.array([jnp.isfinite(g).all() for g in matrices]).all()
+    due = (count % refresh_every == 0) & finite
+    basis, inside = lax.cond(due, refresh, lambda: old)
+    vectors = _each(dense, ranks, updates, basis)
+    apart = lambda tree: (_each(_down, ranks, tree, vectors), _rest(ranks, tree))
+    coordinates, rest = apart(updates)
+    seen, rest_seen = (None, None) if params is None else apart(params)
+    steps, inside = inner.update(coordinates, inside, seen, **extra_args)
+    others, outside = inner.update(rest, state.rest_state, rest_seen, **extra_args)
     whole = functools.partial(_whole, residual, scale, count)
-    both = plan.values(
-      plan.each(whole, dense, plan.values(down), plan.values(steps), lasts)
+    both = _each(
+      whole, ranks, updates, vectors, coordinates, steps, state.residual_norm
     )
-    return plan.merge([x for x, _ in both], others), ProjectedState(
-      count + finite.astype(jnp.int32),
-      plan.tree([Basis(b) for b in bases]),
-      plan.tree([norm for _, norm in both])
-      if residual == 'scaled'
-      else state.residual_norm,
-      inside,
-      outside,
-    )
+    boxed = lambda r, g, new, other: jax.tree.map(lambda _: new[0], g) if r else other
+    norms = jax.tree.map(lambda r, new: new[1] if r else new, ranks, both)
+    count += finite.astype(jnp.int32)
+    state = ProjectedState(count, basis, norms, inside, outside)
+    return jax.tree.map(boxed, ranks, updates, both, others), state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Plan:
-  """The matrices among the leaves of a tree, and trees of what belongs to them."""
-
-  def __init__(self, tree: Any, found: list[Matrix | None]):
-    self.given: list[Any]
-    self.treedef: Any
-    # Boxes of Flax are leaves here: the state of a matrix is no box around one.
-    self.given, self.treedef = jax.tree.flatten(tree, is_leaf=_choice.is_box)
-    self.found = found
-    self.matrices = [m for m in found if m is not None]
-
-  def each(self, f: Callable, *more: list[Any]) -> Any:
-    """A tree of `f(leaf, matrix, *more)` for the matrices."""
-    leaves = self.values(self.treedef.unflatten(self.given))
-    leaves = [jax.tree.leaves(x)[0] for x in leaves]
-    return self.tree([f(*x) for x in zip(leaves, self.matrices, *more, strict=True)])
-
-  def tree(self, values: list[Any]) -> Any:
-    """`values` for the matrices, `optax.MaskedNode` elsewhere."""
-    rest = iter(values)
-    return self.treedef.unflatten(
-      [optax.MaskedNode() if m is None else next(rest) for m in self.found]
-    )
-
-  def values(self, tree: Any) -> list[Any]:
-    nodes = self.treedef.flatten_up_to(tree)
-    nodes = [x for x, m in zip(nodes, self.found, strict=True) if m is not None]
-    return [x[0] if isinstance(x, Basis | Coordinates) else x for x in nodes]
-
-  def rest(self) -> Any:
-    return self.treedef.unflatten(
-      [
-        x if m is None else optax.MaskedNode()
-        for x, m in zip(self.given, self.found, strict=True)
-      ]
-    )
-
-  def merge(self, values: list[Any], others: Any) -> Any:
-    """`values` for the matrices, in their boxes, and `others` (or own) elsewhere."""
-    rest = iter(values)
-    others = self.given if others is None else self.treedef.flatten_up_to(others)
-    boxed = lambda node, x: jax.tree.map(lambda _: x, node)
-    return self.treedef.unflatten(
-      [
-        other if m is None else boxed(given, next(rest))
-        for given, other, m in zip(self.given, others, self.found, strict=True)
-      ]
-    )
+def _each(f: Callable, ranks: Any, *trees: Any) -> Any:
+  """A tree of `f(rank, x, ...)` for the matrices, `optax.MaskedNode` elsewhere."""
+  # A leaf of `ranks` may be a box, or one of the markers above, in the other trees.
+  bare = lambda node: next(iter(jax.tree.leaves(node)), node)
+  return jax.tree.map(
+    lambda r, *xs: f(r, *map(bare, xs)) if r else optax.MaskedNode(), ranks, *trees
+  )
 
 
-def _specs(x: Any, m: Matrix) -> tuple[tuple[Any, ...], Any, Any]:
-  """The partition of the batch axes, of the longer and of the shorter side."""
-  *batch, rows, columns = _matrices.spec_of(x)
-  return (tuple(batch), columns, rows) if m.wide else (tuple(batch), rows, columns)
+def _rest(ranks: Any, tree: Any) -> Any:
+  """The tree without the matrices."""
+  return jax.tree.map(lambda r, x: optax.MaskedNode() if r else x, ranks, tree)
 
 
-def _zero_basis(x: Any, m: Matrix, subspace: Subspace) -> jax.Array:
-  batch, _, short = _specs(x, m)
+def _tall(x: jax.Array) -> jax.Array:
+  """The matrix with its shorter side last."""
+  return jnp.matrix_transpose(x) if x.shape[-2] < x.shape[-1] else x
+
+
+def _zero_basis(subspace: Subspace, rank: int, zeros: jax.Array) -> Basis:
+  # A sum has the sharding that is left of the matrix's.
   if subspace in ('columns', 'dct'):
-    zeros = _matrices.zeros(x, (*x.shape[:-2], m.rank), (*batch, None))
-    return zeros.astype(jnp.int32)
-  shape = (*x.shape[:-2], min(m.rows, m.columns), m.rank)
-  return _matrices.zeros(x, shape, (*batch, short, None))
-
-
-def _zero_coordinates(x: Any, m: Matrix) -> Coordinates:
-  batch, long, _ = _specs(x, m)
-  shape, spec = (m.rows, m.rank), (long, None)
-  if m.wide:
-    shape, spec = (m.rank, m.columns), (None, long)
-  return Coordinates(_matrices.zeros(x, (*x.shape[:-2], *shape), (*batch, *spec)))
+    one = zeros.sum((-2, -1)).astype(jnp.int32)
+  else:
+    one = _tall(zeros).sum(-2)
+  return Basis(jnp.broadcast_to(one[..., None], (*one.shape, rank)))
 
 
 def _new_basis(
-  g: jax.Array, m: Matrix, subspace: Subspace, key: jax.Array, old: jax.Array
+  subspace: Subspace, key: jax.Array, rank: int, g: jax.Array, old: jax.Array
 ) -> jax.Array:
-  tall = jnp.swapaxes(g, -1, -2) if m.wide else g
-  batch, _, short = _specs(g, m)
-  if subspace == 'svd':
-    new = _matrices.top_directions(tall, m.rank, key)
-  elif subspace == 'random':
-    new = _matrices.orthonormal(_matrices.gaussian(key, tall, m.rank))
-  else:
+  g = _tall(g)
+  *batch, _, short = spec_of(g)
+  if subspace in ('columns', 'dct'):
     if subspace == 'columns':
-      score = jax.random.uniform(key, (*tall.shape[:-2], tall.shape[-1]))
+      score = jax.random.uniform(key, (*g.shape[:-2], g.shape[-1]))
     else:
-      spread = product('ms,ks->mk', tall, _dct.cosines(tall.shape[-1], np.float32))
-      score = jnp.abs(spread).sum(-2)
-    score = _matrices.place(score, g, (*batch, None))
-    return jnp.sort(_matrices.greatest(score, m.rank), axis=-1)
-  new = _matrices.place(new.astype(g.dtype), g, (*batch, short, None))
+      cosines = _dct.cosines(g.shape[-1], np.float32)
+      score = jnp.abs(product('ms,ks->mk', g, cosines)).sum(-2)
+    score = resharded(score, g, (*batch, None))
+    return jnp.sort(_matrices.greatest(score, rank), axis=-1)
+  if subspace == 'svd':
+    new = _matrices.top_directions(g, rank, key)
+  else:
+    new = _matrices.orthonormal(_matrices.gaussian(key, g, rank))
+  new = resharded(new.astype(g.dtype), g, (*batch, short, None))
   return jnp.where(jnp.isfinite(new).all(), new, old)
 
 
-def _dense(basis: jax.Array, m: Matrix, subspace: Subspace, like: Any) -> jax.Array:
+def _dense(subspace: Subspace, rank: int, g: jax.Array, basis: jax.Array) -> jax.Array:
   """The basis as orthonormal columns (*batch, shorter side, rank)."""
   if subspace in ('svd', 'random'):
     return basis
-  batch, _, short = _specs(like, m)
-  columns = _matrices.one_hot(basis, min(m.rows, m.columns), np.float32)
+  *batch, _, short = spec_of(_tall(g))
+  columns = _matrices.one_hot(basis, min(g.shape[-2:]), np.float32)
   if subspace == 'dct':
     cosines = _dct.cosines(columns.shape[-1], np.float32)
     columns = product('rk,ks->rs', columns, cosines)
-  return _matrices.place(jnp.swapaxes(columns, -1, -2), like, (*batch, short, None))
+  return resharded(jnp.matrix_transpose(columns), g, (*batch, short, None))
 
 
-def _down(g: jax.Array, m: Matrix, p: jax.Array) -> Coordinates:
+def _down(rank: int, x: jax.Array, p: jax.Array) -> Coordinates:
   """Coordinates of a matrix, in its dtype."""
-  out = product('ms,mr->rs' if m.wide else 'ms,sr->mr', g, p)
-  return Coordinates(out.astype(g.dtype))
-
-
-def _up(c: jax.Array, m: Matrix, p: jax.Array) -> jax.Array:
-  """The matrix with these coordinates, in float32 or wider."""
-  return product('rs,mr->ms' if m.wide else 'mr,sr->ms', c, p)
+  return Coordinates(product('ms,sr->mr', _tall(x), p).astype(x.dtype))
 
 
 def _carried(
   inner: optax.GradientTransformation,
   carry: Carry,
-  plan: _Plan,
-  subspace: Subspace,
+  ranks: Any,
+  updates: Any,
+  new: Any,
+  old: Any,
   state: optax.OptState,
-  old: list[jax.Array],
-  new: list[jax.Array],
 ) -> optax.OptState:
-  """The state in the coordinates of the new bases."""
+  """The inner optimizer's state in the coordinates of the new bases."""
   if carry == 'keep':
     return state
-  zeros = plan.each(_zero_coordinates)
+  coordinates = _each(_down, ranks, updates, old)
   if carry == 'reset':
-    return _choice.restarted(state, inner.init(zeros))
-  structure: Any = jax.tree.structure(zeros)
-  shapes = [x.shape for x in jax.tree.leaves(zeros)]
-  overlap = lambda g, m, *bases: product(
-    'sn,so->no', *(_dense(b, m, subspace, g) for b in bases)
-  )
-  overlaps = plan.values(plan.each(overlap, new, old))
+    zeros = jax.tree.map(jnp.zeros_like, coordinates)
+    return _matrices.restarted(state, inner.init(zeros))
+  leaves, structure = jax.tree.flatten(coordinates)
+  shapes = [y.shape for y in leaves]
+  overlaps = _each(lambda _, p, q: product('sn,so->no', p, q), ranks, new, old)
 
-  def of_coordinates(x):
+  # Moments, momenta and whatever else of the state has the tree of the coordinates.
+  def are_coordinates(x):
     leaves, treedef = jax.tree.flatten(x)
-    return treedef == structure and [leaf.shape for leaf in leaves] == shapes
+    return (treedef, [y.shape for y in leaves]) == (structure, shapes)
 
   def turn(path, node):
-    if not of_coordinates(node):
+    if not are_coordinates(node):
       return node
     second = any(getattr(key, 'name', None) in _SECOND_MOMENTS for key in path)
-    square = jnp.square if second else lambda x: x
-    carry_over = lambda _, m, x, overlap: Coordinates(
-      product('no,om->nm' if m.wide else 'no,mo->mn', square(overlap), x).astype(
-        x.dtype
-      )
-    )
-    return plan.each(carry_over, plan.values(node), overlaps)
 
-  return jax.tree_util.tree_map_with_path(turn, state, is_leaf=of_coordinates)
+    def turned(_, x, overlap):
+      overlap = jnp.square(overlap) if second else overlap
+      return Coordinates(product('no,mo->mn', overlap, x).astype(x.dtype))
+
+    return _each(turned, ranks, node, overlaps)
+
+  return jax.tree_util.tree_map_with_path(turn, state, is_leaf=are_coordinates)
 
 
 def _whole(
   residual: Residual,
   scale: Any,
   count: jax.Array,
+  rank: int,
   g: jax.Array,
-  m: Matrix,
   p: jax.Array,
   c: jax.Array,
   step: jax.Array,
-  last: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """The update of a whole matrix, and the norm of its rest if that is scaled."""
-  scale = jnp.asarray(scale, accumulator(g.dtype))
-  inside = _up(step, m, p) * scale
-  if residual is None:
-    return inside.astype(g.dtype), last
-  rest = g.astype(inside.dtype) - _up(c, m, p) * scale
-  if residual == 'sign':
-    return (inside + jnp.sign(rest)).astype(g.dtype), last
-  rest, norm = _limited(rest, step, c, m, last, count)
-  return (inside + rest).astype(g.dtype), norm
-
-
-def _limited(
-  rest: jax.Array,
-  step: jax.Array,
-  c: jax.Array,
-  m: Matrix,
-  last: jax.Array,
-  count: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """The rest with the scale of the steps, and its norm (*batch,) within the limit."""
-  axis = -2 if m.wide else -1
-  norm = lambda x: jnp.sqrt(jnp.square(x.astype(rest.dtype)).sum(axis))
-  factors = norm(step) / (norm(c) + 1e-8)  # of each column, or row
-  rest = product('ms,s->ms' if m.wide else 'ms,m->ms', rest, factors)
-  size = jnp.sqrt(jnp.square(rest).sum((-2, -1)))
-  last = last.astype(size.dtype)
-  growth = jnp.where(count > 0, jnp.maximum(size / (last + 1e-8), _LIMIT) / _LIMIT, 1)
-  rest = rest / growth[..., None, None]
-  return rest, (size / growth).astype(jnp.float32)
-
-
-def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-  if value not in choices:
-    raise ValueError(f'{name} must be one of {choices}, got {value!r}.')
+  last: Any,
+) -> tuple[jax.Array, Any]:
+  """The update of a whole matrix, and the norm (*batch,) of a scaled residual."""
+  wide = accumulator(g.dtype)
+  scale = jnp.asarray(scale, wide)
+  up = lambda x: product('mr,sr->ms', x, p) * scale
+  out = up(step)
+  if residual is not None:
+    rest = _tall(g).astype(wide) - up(c)
+    if residual == 'sign':
+      rest = jnp.sign(rest)
+    else:
+      # Of each row: how much longer the inner optimizer made its coordinates.
+      norm = lambda x: jnp.linalg.norm(x.astype(wide), axis=-1, keepdims=True)
+      rest *= norm(step) / (norm(c) + 1e-8)
+      size = jnp.sqrt(jnp.square(rest).sum((-2, -1)))
+      growth = jnp.maximum(size / (last.astype(wide) + 1e-8), _LIMIT) / _LIMIT
+      growth = jnp.where(count > 0, growth, 1)
+      rest /= growth[..., None, None]
+      last = (size / growth).astype(jnp.float32)
+    out += rest
+  is_wide = g.shape[-2] < g.shape[-1]
+  return (jnp.matrix_transpose(out) if is_wide else out).astype(g.dtype), last
 
 
 def _adam_without_correction(
   b1: float, b2: float, eps: float
 ) -> optax.GradientTransformation:
   """Adam as in the authors' code, which corrects the bias in the step size alone."""
-
-  def init(params):
-    zeros = lambda: jax.tree.map(jnp.zeros_like, params)
-    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
+  adam = optax.scale_by_adam(b1, b2)
 
   def update(updates, state, params=None):
-    del params
-    mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-    nu = optax.tree.update_moment(updates, state.nu, b2, 2)
-    steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
-    return steps, optax.ScaleByAdamState(state.count + 1, mu, nu)
+    _, state = adam.update(updates, state, params)
+    step = lambda m, v: m / (jnp.sqrt(v) + eps)
+    return jax.tree.map(step, state.mu, state.nu), state
 
-  return optax.GradientTransformation(init, update)
-
-
-def _correction(b1: float, b2: float) -> optax.GradientTransformation:
-  def factor(count):
-    power = lambda b: jnp.asarray(b, jnp.float32) ** (count + 1).astype(jnp.float32)
-    return jnp.sqrt(1 - power(b2)) / (1 - power(b1))
-
-  return optax.scale_by_schedule(factor)
+  return optax.GradientTransformation(adam.init, update)
 
 
 def galore(
@@ -506,14 +413,15 @@ def galore(
     Gradient Low-Rank Projection <https://arxiv.org/abs/2403.03507>`_, 2024
   """
   _check.multiplier('learning_rate', learning_rate)
+
+  def correction(count):
+    steps = (count + 1).astype(jnp.float32)
+    return jnp.sqrt(1 - b2**steps) / (1 - b1**steps)
+
+  adam = _adam_without_correction(b1, b2, eps)
   return optax.chain(
-    projected(
-      _adam_without_correction(b1, b2, eps),
-      rank,
-      scale=scale,
-      **{'carry': 'keep', **options},
-    ),
-    _correction(b1, b2),
+    projected(adam, rank, scale=scale, **{'carry': 'keep', **options}),
+    optax.scale_by_schedule(correction),
     optax.add_decayed_weights(weight_decay),
     optax.scale_by_learning_rate(learning_rate),
   )

@@ -17,6 +17,7 @@ from bsfa_optax.diagnostics._subspaces import (
   diagonal,
   orthonormal,
   Projector,
+  stack_norms,
 )
 
 MATRICES = {
@@ -113,7 +114,7 @@ def hessian_top_k(
   return HessianTopK(
     eigenvalues,
     as_stacks(params, layout, basis),
-    jnp.sqrt(_vectors.stack_norms(layout, errors)),
+    jnp.sqrt(stack_norms(layout, errors)),
   )
 
 

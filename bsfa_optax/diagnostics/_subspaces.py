@@ -187,11 +187,11 @@ def subspace_overlap(
     structure = jax.tree.structure(_without_marks(basis))
     project = lambda row: subspace(jax.tree.unflatten(structure, row))
     projected = jax.lax.map(lambda row: jax.tree.leaves(project(row)), rows)
-    cosines = _vectors.stack_norms(layout, projected)
+    cosines = stack_norms(layout, projected)
   else:
     other = orthonormal(subspace, layout)
     cosines = jnp.square(_vectors.inner(layout, rows, other)).sum(2)
-  present = (_vectors.stack_norms(layout, rows) > 0).astype(cosines.dtype).sum(1)
+  present = (stack_norms(layout, rows) > 0).astype(cosines.dtype).sum(1)
   return jnp.clip(cosines.sum(1) / jnp.maximum(present, 1), 0, 1)
 
 
@@ -226,7 +226,7 @@ def principal_angles(a: Any, b: Any, layout: Layout) -> jax.Array:
   wide, narrow = orthonormal(a, layout), orthonormal(b, layout)
   if wide[0].shape[0] < narrow[0].shape[0]:
     wide, narrow = narrow, wide
-  present = [_vectors.stack_norms(layout, x) > 0 for x in (wide, narrow)]
+  present = [stack_norms(layout, x) > 0 for x in (wide, narrow)]
   count = jnp.minimum(present[0].sum(1), present[1].sum(1))
   dot = lambda x, y: jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
@@ -242,7 +242,7 @@ def principal_angles(a: Any, b: Any, layout: Layout) -> jax.Array:
     x - y for x, y in zip(_vectors.mix(layout, turn, narrow), inside, strict=True)
   ]
   cosine = jnp.sqrt(jnp.square(cosines).sum(2))
-  sine = jnp.sqrt(_vectors.stack_norms(layout, outside))
+  sine = jnp.sqrt(stack_norms(layout, outside))
   angles = jnp.arctan2(sine, cosine)
 
   # Principal vectors whose cosines all round to 1 are mixed. The Gram matrix of what is
@@ -299,3 +299,13 @@ def diagonal(values: jax.Array, dtype: Any = None) -> jax.Array:
   """Diagonal matrices: `(blocks, n) -> (blocks, n, n)`."""
   dtype = values.dtype if dtype is None else dtype
   return values.astype(dtype)[:, :, None] * jnp.eye(values.shape[1], dtype=dtype)[None]
+
+
+def stack_norms(layout: Layout, stacks: Vector) -> jax.Array:
+  """Squared norms of the rows of a stack in every block, `(blocks, rows)`."""
+
+  def norms(part, x):
+    energy = _vectors.energy(x, tuple(1 + axis for axis in part.inner_axes))
+    return jnp.moveaxis(energy, 0, -1)
+
+  return layout.gather(layout.map(norms, stacks), 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +13,6 @@ import optax
 
 from bsfa_optax import _vectors
 from bsfa_optax._vectors import Layout, Vector
-
-
-class SpectralFunction(Protocol):
-  """Maps eigenvalues of a block's covariance to multipliers."""
-
-  def __call__(self, variance: jax.Array, dominant: jax.Array) -> jax.Array:
-    """Multipliers of the principal directions.
-
-    Args:
-      variance: variances divided by the block's mean variance, real, any shape.
-      dominant: booleans of the same shape, true for the dominant directions.
-
-    Returns:
-      Multipliers of the shape of `variance`.
-    """
-    ...
 
 
 class Decomposition(NamedTuple):
@@ -118,9 +102,17 @@ def check_estimator(estimator: Any) -> None:
 
 
 def filtered(
-  f: SpectralFunction, layout: Layout, vector: Vector, found: Decomposition
+  f: Callable[..., jax.Array], layout: Layout, vector: Vector, found: Decomposition
 ) -> Vector:
-  """f(C) v, in the accumulators' dtypes."""
+  """f(C) v, in the accumulators' dtypes.
+
+  Args:
+    f: from relative variances of directions, and whether they are dominant, to
+      multipliers of the same shape.
+    layout: the layout.
+    vector: the vector.
+    found: its decomposition.
+  """
   # Written as a change of what f makes of the rest, so that f = 1 gives back the
   # vector to the last bit.
   base = f(found.rest, jnp.zeros(found.rest.shape, bool))

@@ -93,15 +93,12 @@ def dct(
     return layout
 
   def init(layout, params):
-    del layout, params
     return optax.EmptyState()
 
   def learn(layout, vector, memory, count, params, **extra_args):
-    del layout, vector, count, params, extra_args
     return memory
 
   def decompose(layout, vector, memory):
-    del memory
     chosen = layout.map(lambda part: _transformed_axis(part, rank))
     bases = layout.map(
       lambda part, v, own: [
@@ -115,21 +112,16 @@ def dct(
       others = tuple(axis for axis in part.inner_axes if axis not in own)
       return _vectors.energy(x, others, keepdims=True)
 
-    def share(part, energy, own):
+    def found(part, energy, own):
       total = energy.sum(own, keepdims=True)
-      return energy / jnp.where(total > 0, total, 1)
-
-    def relative(part, x, own):
-      return x * math.prod(part.shape[axis] for axis in own)
+      share = energy / jnp.where(total > 0, total, 1)
+      # Without an axis there is one number, and it is not above its mean.
+      dominant = strongest(share, rank, own[0]) if own else share > 1
+      return share * math.prod(part.shape[axis] for axis in own), dominant
 
     rotated = _vectors.rotate(layout, vector, bases, chosen, shared=True)
     summed = layout.sum_over_shards(layout.map(energies, rotated, chosen))
-    shares = layout.map(share, summed, chosen)
-    variance = layout.map(relative, shares, chosen)
-    dominant = [
-      strongest(x, rank, own[0]) if own else x > 1  # nothing: all is left alone
-      for x, own in zip(shares, chosen, strict=True)
-    ]
+    variance, dominant = map(list, zip(*layout.map(found, summed, chosen), strict=True))
     return from_axes(layout, vector, bases, chosen, variance, dominant, shared=True)
 
   return Estimator(layout_of, init, learn, decompose)

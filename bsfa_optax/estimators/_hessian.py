@@ -144,10 +144,7 @@ def hessian_lanczos(
       f'iterations must exceed rank, got iterations={iterations} and rank={rank}; leave'
       ' it out for 2 * rank.'
     )
-  if curvature not in ('hessian', 'gauss_newton'):
-    raise ValueError(
-      f"curvature must be 'hessian' or 'gauss_newton', got {curvature!r}."
-    )
+  _check.one_of('curvature', curvature, 'hessian', 'gauss_newton')
   names = ('value_fn',) if curvature == 'hessian' else ('output_fn', 'loss_fn')
   matrix = getattr(_curvature, curvature)
 
@@ -165,51 +162,37 @@ def hessian_lanczos(
     functions = _functions(names, params, extra_args)
 
     def refresh(vector, memory, params):
-      del vector
-      product = matrix(layout, params, *functions)
-      return _refresh(layout, memory, count, params, product, iterations)
+      values = layout.select(params)
+      old, structure = jax.tree.flatten(memory.basis)
+      widened = lambda x, p: x.astype(_vectors.accumulator(p.dtype))
+      found, basis = _curvature.top_eigenpairs(
+        layout,
+        matrix(layout, params, *functions),
+        jax.tree.map(widened, old, values),
+        iterations,
+        jax.random.fold_in(jax.random.key(0), count),  # the same in every run
+        # A product is as inexact as the parameters, whatever dtype it is stored in.
+        tolerance=max(float(jnp.finfo(x.dtype).eps) for x in values),
+      )
+      # A block whose products are not finite keeps what it had; the others go on.
+      finite = jnp.isfinite(found).all(1)
+      found = jnp.where(finite[:, None], jnp.maximum(found, 0), memory.curvature)
+      kept = jax.tree.map(
+        lambda ok, new, x: jnp.where(ok[None], new.astype(x.dtype), x),
+        _vectors.spread(layout, finite, values),
+        basis,
+        old,
+      )
+      return HessianState(
+        basis=jax.tree.unflatten(structure, kept),
+        curvature=found.astype(memory.curvature.dtype),
+        is_known=jnp.ones((), bool),
+      )
 
     due = is_due(count - 1, refresh_every)  # the first update is one
     return jax.lax.cond(due, refresh, keep, vector, memory, params)
 
   return Estimator(layout_of, init, learn, _decompose)
-
-
-def _refresh(
-  layout: Layout,
-  memory: HessianState,
-  count: jax.Array,
-  params: optax.Params,
-  product: _curvature.Matvec,
-  iterations: int,
-) -> HessianState:
-  """The memory with new eigenvectors, in blocks where the products are finite."""
-  values = layout.select(params)
-  old, structure = jax.tree.flatten(memory.basis)
-  widened = lambda x, p: x.astype(_vectors.accumulator(p.dtype))
-  found, basis = _curvature.top_eigenpairs(
-    layout,
-    product,
-    jax.tree.map(widened, old, values),
-    iterations,
-    jax.random.fold_in(jax.random.key(0), count),  # the same in every run
-    # A product is as inexact as the parameters, whatever dtype it is stored in.
-    tolerance=max(float(jnp.finfo(x.dtype).eps) for x in values),
-  )
-  # A block whose products are not finite keeps what it had; the others go on.
-  finite = jnp.isfinite(found).all(1)
-  found = jnp.where(finite[:, None], jnp.maximum(found, 0), memory.curvature)
-  kept = jax.tree.map(
-    lambda ok, new, x: jnp.where(ok[None], new.astype(x.dtype), x),
-    _vectors.spread(layout, finite, values),
-    basis,
-    old,
-  )
-  return HessianState(
-    basis=jax.tree.unflatten(structure, kept),
-    curvature=found.astype(memory.curvature.dtype),
-    is_known=jnp.ones((), bool),
-  )
 
 
 def _decompose(layout: Layout, vector: Vector, memory: HessianState) -> Decomposition:

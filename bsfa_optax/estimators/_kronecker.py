@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bsfa_optax import _check, _leaves, _linalg, _vectors
 from bsfa_optax._learned import for_each_part, growing, Interval, is_due, keep
-from bsfa_optax._vectors import Layout, Part, Vector
+from bsfa_optax._vectors import Part
 from bsfa_optax.estimators._base import Estimator, from_axes
 
 
@@ -141,8 +141,6 @@ def kronecker(
     return [_factored_axes(part, max_size, max_ratio) for part in layout.parts]
 
   def init(layout, params):
-    del params
-
     def factors(part, own):
       sizes = [part.shape[axis] for axis in own]
       batch = part.batch_shape
@@ -154,8 +152,21 @@ def kronecker(
     return for_each_part(layout, factors, factored(layout))
 
   def learn(layout, vector, memory, count, params, **extra_args):
-    del params, extra_args
-    refresh = functools.partial(_refresh, layout, axes=factored(layout), decay=decay)
+    own = factored(layout)
+
+    def refresh(vector, memory):
+      bases, spectra = map(list, zip(*memory, strict=True))
+      rotated = _vectors.rotate(layout, vector, bases, own)
+      moments = _vectors.second_moments(layout, rotated, own)
+      sums = jax.tree.map(functools.partial(_decayed, decay), spectra, moments)
+      matrices, structure = jax.tree.flatten(sums)
+      # All factors of one size are one batch.
+      turned = _linalg.by_size(_linalg.eigh, matrices)
+      # Rounding may leave the least eigenvalues of a covariance below 0.
+      values = jax.tree.unflatten(structure, [jnp.maximum(x, 0) for x, _ in turned])
+      turns = jax.tree.unflatten(structure, [rows for _, rows in turned])
+      return tuple(map(KroneckerFactors, jax.tree.map(_turned, bases, turns), values))
+
     return jax.lax.cond(is_due(count, interval), refresh, keep, vector, memory)
 
   def decompose(layout, vector, memory):
@@ -177,28 +188,6 @@ def _factored_axes(part: Part, max_size: int, max_ratio: float) -> tuple[int, ..
   # The two longest: those of a convolution's kernel that count channels.
   fit.sort(key=part.shape.__getitem__)
   return tuple(sorted(fit[-2:]))
-
-
-def _refresh(
-  layout: Layout,
-  vector: Vector,
-  memory: tuple[KroneckerFactors, ...],
-  axes: list[tuple[int, ...]],
-  decay: float,
-) -> tuple[KroneckerFactors, ...]:
-  """The memory with one more update in it; `axes` are the factored ones by part."""
-  bases, spectra = map(list, zip(*memory, strict=True))
-  rotated = _vectors.rotate(layout, vector, bases, axes)
-  moments = _vectors.second_moments(layout, rotated, axes)
-  sums = jax.tree.map(functools.partial(_decayed, decay), spectra, moments)
-  matrices, structure = jax.tree.flatten(sums)
-  # All factors of one size are one batch.
-  turned = _linalg.by_size(_linalg.eigh, matrices)
-  # Rounding may leave the least eigenvalues of a covariance below 0.
-  values = [jnp.maximum(x, 0) for x, _ in turned]
-  turns = jax.tree.unflatten(structure, [rows for _, rows in turned])
-  bases = jax.tree.map(_turned, bases, turns)
-  return tuple(map(KroneckerFactors, bases, jax.tree.unflatten(structure, values)))
 
 
 def _relative_variance(

@@ -131,9 +131,18 @@ def pca(
     refresh_every = history
   _check.positive_int('refresh_every', refresh_every)
   _check.floating('storage_dtype', storage_dtype)
-  _check_window(rank, history, decay, refresh_every)
-  if solver not in ('auto', 'gram', 'randomized'):
-    raise ValueError(f"solver must be 'auto', 'gram' or 'randomized', got {solver!r}.")
+  if decay == 0 and rank > history:
+    raise ValueError(
+      f'rank must not exceed history when decay is 0, got rank={rank} and'
+      f' history={history}; raise history, lower rank, or set decay > 0.'
+    )
+  if decay > 0 and refresh_every != history:
+    raise ValueError(
+      'refresh_every must be history when decay > 0, so that every update counts'
+      f' once; got refresh_every={refresh_every} for history={history}; leave it out,'
+      ' or set decay=0 for a sliding window.'
+    )
+  _check.one_of('solver', solver, 'auto', 'gram', 'randomized')
   if solver == 'auto':
     solver = _svd.cheaper_solver(rank, history + (rank if decay > 0 else 0))
   first_refresh = refresh_every * math.ceil(max(history, rank) / refresh_every)
@@ -155,7 +164,6 @@ def pca(
     )
 
   def learn(layout, vector, memory, count, params, **extra_args):
-    del params, extra_args
     index = count % history
     written = [
       jax.lax.dynamic_update_index_in_dim(rows, value.astype(rows.dtype), index, 0)
@@ -177,20 +185,6 @@ def pca(
   return Estimator(layout_of, init, learn, _decompose)
 
 
-def _check_window(rank: int, history: int, decay: float, refresh_every: int) -> None:
-  if decay == 0 and rank > history:
-    raise ValueError(
-      f'rank must not exceed history when decay is 0, got rank={rank} and'
-      f' history={history}; raise history, lower rank, or set decay > 0.'
-    )
-  if decay > 0 and refresh_every != history:
-    raise ValueError(
-      'refresh_every must be history when decay > 0, so that every update counts'
-      f' once; got refresh_every={refresh_every} for history={history}; leave it out,'
-      ' or set decay=0 for a sliding window.'
-    )
-
-
 def _refresh(
   layout: Layout,
   vector: Vector,
@@ -201,19 +195,27 @@ def _refresh(
   solver: str,
   first: int,
 ) -> PCAState:
-  """The memory with new directions; it is complete from the update `first` on."""
-  del vector  # it is in the history
+  """The memory with new directions; it is complete from the update `first` on.
+
+  The vector is in the history already.
+  """
   past, weights = _weights(memory, decay)
-  a, rank = _rows_of(layout, memory, past, weights), memory.variance.shape[1]
+  samples, old = jax.tree.leaves(memory.history), jax.tree.leaves(memory.basis)
+  rank = memory.variance.shape[1]
+  # The matrix A of the docstring, and the sum of squares, in which directions that were
+  # dropped earlier still count.
+  total = (weights * memory.squared_norms).sum(1)
+  if past is None:
+    a = _svd.Rows(layout, (samples,), jnp.sqrt(weights))
+  else:
+    squares = jnp.concatenate([past[:, None] * memory.variance, weights], 1)
+    a = _svd.Rows(layout, (old, samples), jnp.sqrt(squares))
+    total += past * memory.total_variance
   if solver == 'gram':
     variance, basis = _svd.gram_svd(a, rank)
   else:
     key = jax.random.fold_in(jax.random.key(0), count)
-    variance, basis = _svd.randomized_svd(a, rank, jax.tree.leaves(memory.basis), key)
-  # Directions dropped earlier still count in the total.
-  total = (weights * memory.squared_norms).sum(1)
-  if past is not None:
-    total += past * memory.total_variance
+    variance, basis = _svd.randomized_svd(a, rank, old, key)
   return memory._replace(
     basis=_like(memory.basis, basis),
     variance=variance,
@@ -252,17 +254,6 @@ def _weights(memory: PCAState, decay: float) -> tuple[Any, jax.Array]:
   decays = jnp.array(decay**ages, squares.dtype)[None]
   past = weight(memory.total_variance, limit[:, 0] / (1 - decay))
   return decay**history * past, decays * weight(squares, limit)
-
-
-def _rows_of(
-  layout: Layout, memory: PCAState, past: jax.Array | None, weights: jax.Array
-) -> _svd.Rows:
-  """The matrix A of the docstring."""
-  samples = jax.tree.leaves(memory.history)
-  if past is None:
-    return _svd.Rows(layout, (samples,), jnp.sqrt(weights))
-  scales = jnp.sqrt(jnp.concatenate([past[:, None] * memory.variance, weights], 1))
-  return _svd.Rows(layout, (jax.tree.leaves(memory.basis), samples), scales)
 
 
 def _like(tree: Any, vector: Vector) -> Any:

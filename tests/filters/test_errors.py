@@ -217,7 +217,7 @@ CALLS = {
   ),
   'state of the other family': (
     two(scale_by_whitening(), bsfa()),
-    ['state must be of the same', 'nothing for memory/0/0', REMEDY],
+    ['state must be of the same', 'memory/0/basis/0, expected nothing', REMEDY],
   ),
   'state of another rank': (
     two(with_pca(3, 2), with_pca(2, 2)),
@@ -233,7 +233,7 @@ CALLS = {
   ),
   'state of another block size': (
     two(scale_by_whitening(block_size=2), scale_by_whitening()),
-    ['state must be of the same', '(1, 1, 4, 5) for memory/0/0', REMEDY],
+    ['state must be of the same', '(1, 1, 4, 5) for memory/0/packed/0', REMEDY],
   ),
   'state of other leaves': (
     two(scale_by_whitening(leaves=lambda *_: False), scale_by_whitening()),

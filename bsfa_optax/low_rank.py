@@ -1,10 +1,17 @@
-"""Reparametrisations of matrices: made, joined, renewed in rounds, merged."""
+"""Matrices trained in few numbers: Sparse Spectral Training, LoRA and ReLoRA.
+
+Top to bottom: the methods, the parts of a matrix, how they become dense, how they are
+made, trained, renewed in rounds and merged.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
+import operator
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -13,22 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _check
-from bsfa_optax._vectors import accumulator
-from bsfa_optax.low_rank import _choice, _matrices, _nodes
-from bsfa_optax.low_rank._matrices import product
-from bsfa_optax.low_rank._nodes import (
-  Factors,
-  FrozenFactors,
-  FrozenSpectrum,
-  LowRankArray,
-  Spectrum,
-)
+from bsfa_optax import _check, _linalg, _matrices
+from bsfa_optax._vectors import accumulator, product, resharded, sharding_of, spec_of
 
 
 class _SST(NamedTuple):
   rank: int | float
-  draws_per_svd: Any
   enhanced: bool
 
 
@@ -39,15 +36,14 @@ class _LoRA(NamedTuple):
   restart: bool
 
 
-def sst(
-  rank: int | float, *, draws_per_svd: int | None = None, enhanced: bool = True
-) -> _SST:
+def sst(rank: int | float, *, enhanced: bool = True) -> _SST:
   r"""Sparse Spectral Training: all singular values, and a few vectors at a time.
 
   A matrix is :math:`USV^T`. All of :math:`S` is trained, and `rank` pairs of vectors,
   drawn without replacement with probabilities in proportion to the singular values'
-  magnitudes; `renew` draws others, and after some draws decomposes the matrix anew. All
-  vectors are kept, so frozen memory is twice that of a square matrix.
+  magnitudes; `renew` draws others, and decomposes the matrix anew after as many draws
+  as it takes to train as many pairs as there are: the most of ``ceil(k / rank)`` over
+  matrices. All vectors are kept, so frozen memory is twice that of a square matrix.
 
   From the paper: the above, unit vectors, and the enhanced gradient. Ours: its sign, as
   singular values turn negative in training; optimizer states made anew at a draw (and
@@ -56,15 +52,10 @@ def sst(
 
   Args:
     rank: pairs of vectors trained at a time, or a share of the shorter side.
-    draws_per_svd: draws between two decompositions; by default as many as it takes
-      to train as many pairs as there are: the most of ``ceil(k / rank)`` over matrices.
     enhanced: whether a vector's gradient leaves out its singular value's magnitude.
 
   Returns:
     Options for `init`.
-
-  Raises:
-    ValueError: for a number of draws out of range.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -78,9 +69,7 @@ def sst(
     Zhao, Zhang, Li, Liu, Cannistraci, `Sparse Spectral Training and Inference on
     Euclidean and Hyperbolic Neural Networks <https://arxiv.org/abs/2405.15481>`_, 2024
   """
-  if draws_per_svd is not None:
-    _check.positive_int('draws_per_svd', draws_per_svd)
-  return _SST(rank, draws_per_svd, enhanced)
+  return _SST(rank, enhanced)
 
 
 def lora(rank: int | float, *, scale: float = 1.0, column_norm: bool = False) -> _LoRA:
@@ -156,6 +145,274 @@ def relora(
   return lora(rank, scale=scale, column_norm=column_norm)._replace(restart=True)
 
 
+_static = functools.partial(dataclasses.field, metadata={'static': True})
+
+
+class Spectrum(NamedTuple):
+  """The trained part of a matrix W = U S V^T (m, n) of k = min(m, n) singular values.
+
+  Attributes:
+    u: the drawn left vectors ``(*batch, m, rank)``.
+    s: all singular values ``(*batch, k)``.
+    v: the drawn right vectors ``(*batch, n, rank)``.
+  """
+
+  u: Any
+  s: Any
+  v: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class FrozenSpectrum:
+  """What belongs to a `Spectrum` and is not trained.
+
+  Attributes:
+    u: all left vectors ``(*batch, m, k)``; the drawn ones are out of date.
+    v: all right vectors ``(*batch, n, k)``.
+    drawn: which vectors are trained, int32 ``(*batch, rank)``.
+    draws: draws since the last decomposition, int32 ().
+    draws_per_svd: draws between two decompositions.
+    enhanced: whether vectors get a gradient without their singular value.
+  """
+
+  u: Any
+  v: Any
+  drawn: Any
+  draws: Any
+  draws_per_svd: int = _static()
+  enhanced: bool = _static()
+
+  def one_hot(self, dtype: Any) -> jax.Array:
+    """The drawn columns of the identity as rows, (*batch, rank, k)."""
+    return _matrices.one_hot(self.drawn, self.u.shape[-1], dtype)
+
+
+class Factors(NamedTuple):
+  """The trained part of a matrix W0 + I J (m, n).
+
+  Attributes:
+    i: ``(*batch, m, rank)``.
+    j: ``(*batch, rank, n)``.
+    magnitude: the norms of the columns ``(*batch, n)``, or None where they are free.
+  """
+
+  i: Any
+  j: Any
+  magnitude: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class FrozenFactors:
+  """What belongs to `Factors` and is not trained.
+
+  Attributes:
+    w: W0, ``(*batch, m, n)``.
+    scale: what multiplies the product of the factors.
+    restart: whether `renew` adds the product to W0 and starts the factors anew.
+  """
+
+  w: Any
+  scale: float = _static()
+  restart: bool = _static()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LowRankArray:
+  """A matrix that becomes dense where it is used, and no sooner.
+
+  It stands for an array in ``x @ w``, ``jnp`` functions, arithmetic, ``w[...]``,
+  ``w.astype``, ``w.T``, Flax's layers, `jax.lax.scan` over its leading axis and
+  `jax.checkpoint`. Functions of `jax.lax` take arrays alone and raise: give them
+  ``w[...]``.
+
+  Attributes:
+    trained: the trained part.
+    frozen: the rest.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from bsfa_optax import low_rank
+    >>> parts = low_rank.init(
+    ...   {'kernel': jnp.ones((6, 4))}, jax.random.key(0), low_rank.lora(2)
+    ... )
+    >>> kernel = low_rank.join(*parts)['kernel']
+    >>> kernel
+    LowRankArray((6, 4), float32): dense as w[...] or jnp.asarray(w)
+    >>> (jnp.ones((3, 6)) @ kernel).shape
+    (3, 4)
+  """
+
+  trained: Any
+  frozen: Any
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    if isinstance(self.trained, Spectrum):
+      return (*self.trained.u.shape[:-1], self.trained.v.shape[-2])
+    return tuple(self.frozen.w.shape)
+
+  dtype = property(lambda self: jax.tree.leaves(self.trained)[0].dtype)
+  ndim = property(lambda self: len(self.shape))
+  size = property(lambda self: math.prod(self.shape))
+  T = property(lambda self: self.dense().T)
+  mT = property(lambda self: self.dense().mT)
+
+  def __repr__(self) -> str:
+    try:
+      about = f'{self.shape}, {self.dtype}'
+    except AttributeError:  # leaves that are no arrays, while a tree is handled
+      about = '...'
+    return f'LowRankArray({about}): dense as w[...] or jnp.asarray(w)'
+
+  def dense(self, precision: Any = None) -> jax.Array:
+    """The matrix as an array of `shape` and `dtype`."""
+    return _times(None, self.trained, self.frozen, precision).astype(self.dtype)
+
+  __jax_array__ = dense
+  __array_ufunc__ = None  # so that NumPy leaves its operators to this class
+
+  def __getitem__(self, index: Any) -> jax.Array:
+    return self.dense()[index]
+
+  def astype(self, dtype: Any) -> jax.Array:
+    return self.dense().astype(dtype)
+
+  def reshape(self, *shape: Any) -> jax.Array:
+    return self.dense().reshape(*shape)
+
+  # To Flax linen it is one of its boxes, which compares what is inside with the shape
+  # that a layer expects, and looks after axes of stacked layers.
+  unbox = dense
+  add_axis = remove_axis = lambda self, index, params: self
+
+
+for _name in ('add', 'sub', 'mul', 'truediv', 'matmul', 'pow', 'neg'):
+  _f = getattr(operator, _name)
+  _own = lambda self, *others, f=_f: f(self.dense(), *others)
+  _reflected = lambda self, other, f=_f: f(other, self.dense())
+  setattr(LowRankArray, f'__{_name}__', _own)
+  setattr(LowRankArray, f'__r{_name}__', _reflected)
+
+
+def _times(x: jax.Array | None, trained: Any, frozen: Any, precision: Any) -> jax.Array:
+  """x W for x (..., m), or W if x is None; in float32 or wider."""
+  if isinstance(trained, Spectrum):
+    hot = frozen.one_hot(trained.s.dtype)
+    own = product('rk,k->r', hot, trained.s).astype(trained.s.dtype)
+    # The stored vectors of what was drawn are out of date: the trained ones count.
+    others = trained.s * (1 - hot.sum(-2))
+    drawn = _enhanced if frozen.enhanced else _spectral
+    return _spectral(precision, x, frozen.u, others, frozen.v) + drawn(
+      precision, x, trained.u, own, trained.v
+    )
+  i, j, magnitude = trained.i, trained.j, trained.magnitude
+  times = functools.partial(product, precision=precision)
+  if x is None:
+    change = times('mr,rn->mn', i, j)
+    whole = frozen.w.astype(change.dtype) + frozen.scale * change
+    norms = _column_norms(whole)
+  else:
+    inside = times('m,mr->r', x, i).astype(x.dtype)
+    whole = times('m,mn->n', x, frozen.w) + frozen.scale * times('r,rn->n', inside, j)
+    norms = _norms_of_sum(trained, frozen)
+  if magnitude is None:
+    return whole
+  return _by_columns(whole, magnitude.astype(norms.dtype) / norms)
+
+
+def _spectral(
+  precision: Any, x: jax.Array | None, u: jax.Array, s: jax.Array, v: jax.Array
+) -> jax.Array:
+  """x U S V^T, or U S V^T if x is None."""
+  left = u if x is None else product('m,mk->k', x, u, precision=precision)
+  left = _by_columns(left.astype(u.dtype), s)
+  term = 'mk,nk->mn' if x is None else 'k,nk->n'
+  return product(term, left, v, precision=precision)
+
+
+# The same with a gradient of the vectors that leaves out the values' magnitudes.
+_enhanced = jax.custom_vjp(_spectral, nondiff_argnums=(0,))
+
+
+def _enhanced_backward(precision, given, g):
+  x, u, s, v = given
+  # Values turn negative in training, and without its sign the gradient would too.
+  sign = jnp.where(s < 0, -1, 1).astype(s.dtype)
+  spectral = functools.partial(_spectral, precision)
+  # Of both derivatives the compiler keeps what is used, and what they share once.
+  of_x, _, of_s, _ = jax.vjp(spectral, *given)[1](g)
+  _, of_u, _, of_v = jax.vjp(spectral, x, u, sign, v)[1](g)
+  return of_x, of_u, of_s, of_v
+
+
+_enhanced.defvjp(
+  lambda precision, *x: (_spectral(precision, *x), x), _enhanced_backward
+)
+
+
+def _by_columns(x: jax.Array, s: jax.Array) -> jax.Array:
+  """Columns (*batch, m, n) or rows (..., n) times s (*batch, n)."""
+  axes = tuple(range(s.ndim - 1, x.ndim - 1))
+  return x * jnp.expand_dims(s, axes).astype(x.dtype)
+
+
+def _column_norms(w: jax.Array) -> jax.Array:
+  """Norms of columns (*batch, n), 1 for a zero column."""
+  square = jnp.square(w).sum(-2)
+  return jnp.sqrt(jnp.where(square > 0, square, 1))
+
+
+def _norms_of_sum(trained: Factors, frozen: FrozenFactors) -> jax.Array:
+  """The columns' norms of W0 + scale I J from products no larger than the factors."""
+  wide = accumulator(trained.i.dtype)
+  w, i, j = (x.astype(wide) for x in (frozen.w, trained.i, frozen.scale * trained.j))
+  square = jnp.square(w).sum(-2) + 2 * (product('mn,mr->rn', w, i) * j).sum(-2)
+  square += (product('rs,sn->rn', product('mr,ms->rs', i, i), j) * j).sum(-2)
+  return jnp.sqrt(jnp.where(square > 0, square, 1))
+
+
+def dot(x: jax.Array, w: Any) -> jax.Array:
+  """``x @ w`` without the dense matrix, forwards or backwards.
+
+  A matrix of SST is applied as three factors, one of `LoRA` as W0 and two thin factors.
+  There is no dense gradient either; the derivative is that of ``x @ w``, with the
+  enhanced gradient of SST. Where the number of rows of `x`
+  is below the matrix's sides, this is cheaper than the dense form too.
+
+  Args:
+    x: an array (..., m).
+    w: a `LowRankArray` without batch axes, as in the body of a scan, or an array.
+
+  Returns:
+    An array (..., n) in the dtype of `x`, in which all is computed.
+
+  Raises:
+    ValueError: if `w` has batch axes or another number of rows.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from bsfa_optax import low_rank
+    >>> parts = low_rank.init(
+    ...   {'kernel': jnp.ones((6, 4))}, jax.random.key(0), low_rank.sst(2)
+    ... )
+    >>> low_rank.dot(jnp.ones((3, 6)), low_rank.join(*parts)['kernel']).shape
+    (3, 4)
+  """
+  if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
+    raise ValueError(
+      f'dot takes x (..., m) and a matrix w (m, n), got {x.shape} and {w.shape}; scan'
+      ' over the layers of a stack, or use jnp.einsum, which makes it dense.'
+    )
+  if not isinstance(w, LowRankArray):
+    return x @ w.astype(x.dtype)
+  real = lambda y: jnp.issubdtype(y.dtype, jnp.floating)
+  own = jax.tree.map(lambda y: y.astype(x.dtype) if real(y) else y, w)
+  return _times(x, own.trained, own.frozen, None).astype(x.dtype)
+
+
 def init(
   params: optax.Params,
   key: jax.Array,
@@ -209,22 +466,25 @@ def init(
     raise TypeError(
       f'method must be sst(...), lora(...) or relora(...), got {method!r}.'
     )
-  _choice.check(method.rank, leaves, batch_axes)
+  _matrices.check(method.rank, leaves, batch_axes)
   _check_key(key)
-  found = _choice.matrices(params, method.rank, leaves, batch_axes)
-  chosen = [m for m in found if m is not None]
+  ranks = jax.tree.leaves(_matrices.ranks(params, method.rank, leaves, batch_axes))
+  treedef: Any
   given, treedef = jax.tree.flatten(params)
-  keys = iter(jax.random.split(key, max(1, len(chosen))))
-  if isinstance(method, _SST) and method.draws_per_svd is None:
-    per_svd = max(math.ceil(min(m.rows, m.columns) / m.rank) for m in chosen)
-    method = method._replace(draws_per_svd=per_svd)
-  split: Callable = _decomposed if isinstance(method, _SST) else _factored
-  pairs = [
-    (w, optax.MaskedNode()) if m is None else split(w, next(keys), m.rank, method)
-    for w, m in zip(given, found, strict=True)
+  pairs = [(w, rank) for w, rank in zip(given, ranks, strict=True) if rank]
+  keys = iter(jax.random.split(key, len(pairs)))
+  split: Callable
+  if isinstance(method, _SST):
+    draws = max(math.ceil(min(w.shape[-2:]) / rank) for w, rank in pairs)
+    split = functools.partial(_decomposed, draws, method.enhanced)
+  else:
+    split = functools.partial(_factored, method)
+  parts = [
+    split(w, rank, next(keys)) if rank else (w, optax.MaskedNode())
+    for w, rank in zip(given, ranks, strict=True)
   ]
-  trained, frozen = zip(*pairs, strict=True)
-  return jax.tree.unflatten(treedef, trained), jax.tree.unflatten(treedef, frozen)
+  trained, frozen = map(treedef.unflatten, zip(*parts, strict=True))
+  return trained, frozen
 
 
 def join(trained: Any, frozen: Any) -> Any:
@@ -252,7 +512,9 @@ def join(trained: Any, frozen: Any) -> Any:
     >>> low_rank.join(*parts)['kernel'].shape
     (6, 4)
   """
-  _nodes.known_to_linen()
+  # Flax linen, where it is in use, is told that a `LowRankArray` is one of its boxes.
+  if (meta := sys.modules.get('flax.core.meta')) is not None:
+    meta.AxisMetadata.register(LowRankArray)
 
   def whole(t, f):
     if isinstance(f, FrozenSpectrum):  # the count has no axis for a scan to take
@@ -314,37 +576,13 @@ def retract(trained: Any) -> Any:
 
   def unit(x):
     wide = x.astype(accumulator(x.dtype))
-    return (wide / _nodes.column_norms(wide)[..., None, :]).astype(x.dtype)
+    return (wide / _column_norms(wide)[..., None, :]).astype(x.dtype)
 
   return jax.tree.map(
     lambda x: Spectrum(unit(x.u), x.s, unit(x.v)) if isinstance(x, Spectrum) else x,
     trained,
-    is_leaf=lambda x: isinstance(x, Spectrum),
+    is_leaf=_is_part,
   )
-
-
-class RenewableState(NamedTuple):
-  """State of `renewable`: one of the optimizer for each part that is renewed apart.
-
-  Attributes:
-    vectors_state: for drawn singular vectors and thin factors.
-    values_state: for singular values.
-    rest_state: for magnitudes and all leaves that are trained as they are.
-
-  Examples:
-    >>> import jax, jax.numpy as jnp, optax
-    >>> from bsfa_optax import low_rank
-    >>> trained, _ = low_rank.init(
-    ...   {'w': jnp.ones((6, 4))}, jax.random.key(0), low_rank.sst(2)
-    ... )
-    >>> state = low_rank.renewable(optax.scale_by_adam()).init(trained)
-    >>> state.values_state.mu['w'].s.shape
-    (4,)
-  """
-
-  vectors_state: Any
-  values_state: Any
-  rest_state: Any
 
 
 def renewable(
@@ -363,7 +601,10 @@ def renewable(
       and leaves trained as they are. None: `tx`.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs` whose state is a `RenewableState`.
+    An `optax.GradientTransformationExtraArgs` whose state is an `optax.PartitionState`:
+    ``'vectors'`` has that for drawn singular vectors and thin factors, ``'values'`` for
+    singular values, and ``'rest'`` for magnitudes and leaves that are trained as they
+    are.
 
   Raises:
     TypeError: if an optimizer is no transformation, or is given the result of `join`.
@@ -378,26 +619,27 @@ def renewable(
   others = tx if others is None else others
   _check.transformation('tx', tx)
   _check.transformation('others', others)
-  optimizers = [optax.with_extra_args_support(x) for x in (tx, others, others)]
+  return optax.partition({'vectors': tx, 'values': others, 'rest': others}, _labels)
 
-  def init(params):
-    pairs = zip(optimizers, _parts(params), strict=True)
-    return RenewableState(*(tx.init(part) for tx, part in pairs))
 
-  def update(updates, state, params=None, **extra_args):
-    of_params = (None,) * 3 if params is None else _parts(params)
-    pairs = [
-      tx.update(u, s, p, **extra_args)
-      for tx, u, s, p in zip(optimizers, _parts(updates), state, of_params, strict=True)
-    ]
-    missing = lambda x: isinstance(x, optax.MaskedNode)
-    return jax.tree.map(
-      lambda *xs: next((x for x in xs if not missing(x)), xs[0]),
-      *(updates for updates, _ in pairs),
-      is_leaf=missing,
-    ), RenewableState(*(state for _, state in pairs))
+def _labels(params: Any) -> Any:
+  """For each array which state of `renewable` it belongs to."""
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  def label(x):
+    if isinstance(x, LowRankArray):
+      raise TypeError(
+        'an optimizer got the result of `join`; give it `trained` and its gradients. In'
+        ' NNX, split the model and merge it inside the loss: nnx.Optimizer, which'
+        ' updates a model in place, cannot train parts.'
+      )
+    if isinstance(x, Spectrum):
+      return Spectrum('vectors', 'values', 'vectors')
+    if isinstance(x, Factors):
+      return Factors('vectors', 'vectors', None if x.magnitude is None else 'rest')
+    return 'rest'
+
+  is_whole = lambda x: isinstance(x, LowRankArray) or _is_part(x)
+  return jax.tree.map(label, params, is_leaf=is_whole)
 
 
 def renew(
@@ -439,7 +681,9 @@ def renew(
   """
   _check.transformation('tx', tx)
   _check_key(key)
-  is_ours = lambda x: isinstance(x, RenewableState)
+  is_ours = lambda x: (
+    isinstance(x, optax.PartitionState) and 'vectors' in x.inner_states
+  )
   if not any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours))):
     raise TypeError(
       'renew needs the state of an optimizer wrapped as low_rank.renewable(tx), got'
@@ -450,13 +694,12 @@ def renew(
       'state is not that of tx for these parameters: another structure, shape or dtype;'
       ' give renew the optimizer that made it.'
     )
-  decomposed, renewed, restarted = [], [], False
+  due, renewed, restarted = jnp.zeros((), bool), [], False
   treedef, pairs = _pairs(trained, frozen)
   for number, (t, f) in enumerate(pairs):
     own = jax.random.fold_in(key, number)
     if isinstance(f, FrozenSpectrum):
       due = f.draws + 1 >= f.draws_per_svd
-      decomposed.append(due)
       restarted = True
       t, f = _redrawn(t, f, due, own)
     elif isinstance(f, FrozenFactors) and f.restart:
@@ -464,21 +707,22 @@ def renew(
       t, f = _restarted(t, f, own)
     renewed.append((t, f))
   new, new_frozen = map(treedef.unflatten, zip(*renewed, strict=True))
-  fresh = tx.init(new)
 
   def choose(old, start):
-    if not is_ours(old):
+    if not is_ours(old) or not restarted:
       return old
-    start = RenewableState(*map(_choice.restarted, old, start))
-    if restarted:
-      old = old._replace(vectors_state=start.vectors_state)
-    if decomposed:
-      choice = lambda a, b: jnp.where(decomposed[0], a, b)
-      values = jax.tree.map(choice, start.values_state, old.values_state)
-      old = old._replace(values_state=values)
-    return old
+    restart = lambda name: _matrices.restarted(
+      old.inner_states[name], start.inner_states[name]
+    )
+    # All matrices have had as many draws.
+    values = jax.tree.map(
+      lambda a, b: jnp.where(due, a, b), restart('values'), old.inner_states['values']
+    )
+    renewed = {'vectors': restart('vectors'), 'values': values}
+    return optax.PartitionState(old.inner_states | renewed)
 
-  return new, new_frozen, jax.tree.map(choose, state, fresh, is_leaf=is_ours)
+  state = jax.tree.map(choose, state, tx.init(new), is_leaf=is_ours)
+  return new, new_frozen, state
 
 
 def rewarmed(
@@ -530,11 +774,14 @@ def _check_key(key: Any) -> None:
     raise ValueError(f'key must be a random key, got {key!r}; as in jax.random.key(0).')
 
 
+def _is_part(x: Any) -> bool:
+  return isinstance(x, Spectrum | Factors)
+
+
 def _pairs(trained: Any, frozen: Any) -> tuple[Any, list[tuple[Any, Any]]]:
   """The trained and frozen parts that belong together, and the tree they stand in."""
-  is_part = lambda x: isinstance(x, _nodes.Trained)
   treedef: Any
-  paths, treedef = jax.tree_util.tree_flatten_with_path(trained, is_leaf=is_part)
+  paths, treedef = jax.tree_util.tree_flatten_with_path(trained, is_leaf=_is_part)
   try:
     others = treedef.flatten_up_to(frozen)
   except (ValueError, TypeError) as error:
@@ -543,8 +790,7 @@ def _pairs(trained: Any, frozen: Any) -> tuple[Any, list[tuple[Any, Any]]]:
       ' `renew` returned together.'
     ) from error
   for (path, t), f in zip(paths, others, strict=True):
-    alone = not is_part(t) and isinstance(f, optax.MaskedNode)
-    if not alone and not _belong(t, f):
+    if not _belong(t, f):
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       raise ValueError(
         f'the trained and the frozen part of {name!r} do not belong together: a'
@@ -556,83 +802,44 @@ def _pairs(trained: Any, frozen: Any) -> tuple[Any, list[tuple[Any, Any]]]:
 
 def _belong(t: Any, f: Any) -> bool:
   if isinstance(t, Spectrum) and isinstance(f, FrozenSpectrum):
-    *batch, m, k = f.u.shape
-    batch, rank = tuple(batch), f.drawn.shape[-1]
-    shapes = (*batch, m, rank), (*batch, k), (*batch, f.v.shape[-2], rank)
+    (*batch, m, k), n, rank = f.u.shape, f.v.shape[-2], f.drawn.shape[-1]
+    shapes = (*batch, m, rank), (*batch, k), (*batch, n, rank)
     return (t.u.shape, t.s.shape, t.v.shape) == shapes
   if isinstance(t, Factors) and isinstance(f, FrozenFactors):
-    *batch, m, n = f.w.shape
-    rank = t.i.shape[-1]
+    (*batch, m, n), rank = f.w.shape, t.i.shape[-1]
     return (t.i.shape, t.j.shape) == ((*batch, m, rank), (*batch, rank, n))
-  return False
-
-
-def _parts(tree: Any) -> list[Any]:
-  """The tree with vectors and factors alone, singular values alone, the rest alone."""
-  masked = optax.MaskedNode()
-
-  def split(x):
-    if isinstance(x, LowRankArray):
-      raise TypeError(
-        'an optimizer got the result of `join`; give it `trained` and its gradients. In'
-        ' NNX, split the model and merge it inside the loss: nnx.Optimizer, which'
-        ' updates a model in place, cannot train parts.'
-      )
-    if isinstance(x, Spectrum):
-      return (
-        Spectrum(x.u, masked, x.v),
-        Spectrum(masked, x.s, masked),
-        Spectrum(masked, masked, masked),
-      )
-    if isinstance(x, Factors):
-      none = None if x.magnitude is None else masked
-      return (
-        Factors(x.i, x.j, none),
-        Factors(masked, masked, none),
-        Factors(masked, masked, x.magnitude),
-      )
-    return masked, masked, x
-
-  is_part = lambda x: isinstance(x, _nodes.Trained | LowRankArray | optax.MaskedNode)
-  leaves: list[Any]
-  treedef: Any
-  leaves, treedef = jax.tree.flatten(tree, is_leaf=is_part)
-  split_leaves = [split(x) for x in leaves]
-  return [treedef.unflatten([x[part] for x in split_leaves]) for part in range(3)]
+  return not _is_part(t) and isinstance(f, optax.MaskedNode)
 
 
 def _decomposed(
-  w: jax.Array, key: jax.Array, rank: int, method: _SST
+  draws_per_svd: int, enhanced: bool, w: jax.Array, rank: int, key: jax.Array
 ) -> tuple[Spectrum, FrozenSpectrum]:
   u, s, v = _svd(w)
   draws = jnp.zeros((), jnp.int32)
-  frozen = FrozenSpectrum(
-    u, v, _draw(key, s, rank), draws, method.draws_per_svd, method.enhanced
-  )
-  return _taken(s, frozen), frozen
+  frozen = FrozenSpectrum(u, v, None, draws, draws_per_svd, enhanced)
+  return _drawn(s, frozen, rank, key)
 
 
 def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """U, S, V, each matrix whole on its device, then split as its sides are."""
-  u, s, vt = _matrices.each_matrix(_matrices.svd, w.astype(accumulator(w.dtype)))
-  *batch, rows, columns = _matrices.spec_of(w)
-  u = _matrices.place(u.astype(w.dtype), w, (*batch, rows, None))
-  v = jnp.swapaxes(vt, -1, -2).astype(w.dtype)
-  return u, s.astype(w.dtype), _matrices.place(v, w, (*batch, columns, None))
+  u, s, vt = _matrices.each_matrix(_linalg.svd, w.astype(accumulator(w.dtype)))
+  *batch, rows, columns = spec_of(w)
+  u = resharded(u.astype(w.dtype), w, (*batch, rows, None))
+  v = jnp.matrix_transpose(vt).astype(w.dtype)
+  return u, s.astype(w.dtype), resharded(v, w, (*batch, columns, None))
 
 
-def _draw(key: jax.Array, s: jax.Array, rank: int) -> jax.Array:
-  """Indices drawn without replacement in proportion to |s|, (*batch, rank)."""
-  spec = _matrices.spec_of(s)
-  noise = _matrices.place(jax.random.gumbel(key, s.shape, jnp.float32), s, spec)
+def _drawn(
+  s: jax.Array, frozen: FrozenSpectrum, rank: int, key: jax.Array
+) -> tuple[Spectrum, FrozenSpectrum]:
+  """Vectors drawn without replacement, with probabilities in proportion to |s|."""
+  # The greatest of Gumbel noise plus log weights are a draw without replacement.
+  noise = resharded(jax.random.gumbel(key, s.shape, jnp.float32), s, spec_of(s))
   score = jnp.log(jnp.abs(s.astype(jnp.float32))) + noise
-  return _matrices.greatest(score, rank)
-
-
-def _taken(s: jax.Array, frozen: FrozenSpectrum) -> Spectrum:
+  frozen = dataclasses.replace(frozen, drawn=_matrices.greatest(score, rank))
   hot = frozen.one_hot(frozen.u.dtype)
   take = lambda x: product('mk,rk->mr', x, hot).astype(x.dtype)
-  return Spectrum(take(frozen.u), s, take(frozen.v))
+  return Spectrum(take(frozen.u), s, take(frozen.v)), frozen
 
 
 def _redrawn(
@@ -647,36 +854,32 @@ def _redrawn(
   whole = put(f.u, t.u), t.s, put(f.v, t.v)
   dense = LowRankArray(t, f).dense
   u, s, v = lax.cond(due, lambda: _svd(dense(lax.Precision.HIGHEST)), lambda: whole)
-  drawn = _draw(key, s, f.drawn.shape[-1])
   draws = jnp.where(due, 0, f.draws + 1)
-  frozen = dataclasses.replace(f, u=u, v=v, drawn=drawn, draws=draws)
-  return _taken(s, frozen), frozen
+  frozen = dataclasses.replace(f, u=u, v=v, draws=draws)
+  return _drawn(s, frozen, f.drawn.shape[-1], key)
 
 
 def _factored(
-  w: jax.Array, key: jax.Array, rank: int, method: _LoRA
+  method: _LoRA, w: jax.Array, rank: int, key: jax.Array
 ) -> tuple[Factors, FrozenFactors]:
-  *batch, _, columns = _matrices.spec_of(w)
+  first = _matrices.gaussian(key, jnp.matrix_transpose(w), rank)
+  first = (first / math.sqrt(w.shape[-2])).astype(w.dtype)
+  *batch, _, columns = spec_of(w)
   shape = (*w.shape[:-2], rank, w.shape[-1])
-  magnitude = None
-  if method.column_norm:
-    norms = _nodes.column_norms(w.astype(accumulator(w.dtype)))
-    magnitude = norms.astype(w.dtype)
-  second = _matrices.zeros(w, shape, (*batch, None, columns))
-  factors = Factors(_first_factor(w, key, rank), second, magnitude)
+  second = jnp.zeros(
+    shape, w.dtype, out_sharding=sharding_of(w, (*batch, None, columns))
+  )
+  norms = _column_norms(w.astype(accumulator(w.dtype))).astype(w.dtype)
+  factors = Factors(first, second, norms if method.column_norm else None)
   return factors, FrozenFactors(w, method.scale, method.restart)
-
-
-def _first_factor(w: jax.Array, key: jax.Array, rank: int) -> jax.Array:
-  factor = _matrices.gaussian(key, jnp.swapaxes(w, -1, -2), rank)
-  return (factor / math.sqrt(w.shape[-2])).astype(w.dtype)
 
 
 def _restarted(
   t: Factors, f: FrozenFactors, key: jax.Array
 ) -> tuple[Factors, FrozenFactors]:
-  without_norm = LowRankArray(dataclasses.replace(t, magnitude=None), f)
-  whole = without_norm.dense(lax.Precision.HIGHEST)
-  first = _first_factor(f.w, key, t.i.shape[-1])
-  factors = Factors(first, jnp.zeros_like(t.j), t.magnitude)
-  return factors, dataclasses.replace(f, w=whole)
+  # Without the magnitudes, which are trained on: the new W0 is normed by them again.
+  whole = LowRankArray(t._replace(magnitude=None), f).dense(lax.Precision.HIGHEST)
+  rank = t.i.shape[-1]
+  method = _LoRA(rank, f.scale, column_norm=False, restart=True)
+  factors, frozen = _factored(method, whole, rank, key)
+  return factors._replace(magnitude=t.magnitude), frozen
