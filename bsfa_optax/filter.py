@@ -267,8 +267,8 @@ def bsfa_adafactor(
     >>> kernel = {'kernel': jax.ShapeDtypeStruct((256, 256), jnp.float32)}
     >>> for tx in bsfa_optax.bsfa_adafactor(3e-4), bsfa_optax.bsfa_adamw(3e-4):
     ...   print(str(bsfa_optax.summary(tx, kernel)).splitlines()[-1])
-    state: 790,548 bytes, 12.1 a parameter
-    state: 1,050,640 bytes, 16.0 a parameter
+    state: 790,552 bytes, 12.1 a parameter
+    state: 1,050,644 bytes, 16.0 a parameter
 
   References:
     Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
