@@ -13,7 +13,7 @@ Polynomial = tuple[float, float, float]
 # From scripts/root_coefficients.py --condition 400 --steps 2: at most 22 % from the
 # root for condition numbers up to 400, and beyond too small in the flattest directions,
 # as by a larger ridge. A third step, (1.9270, -1.3066, 0.3807), leaves 0.7 % for nearly
-# twice the price, and trains no better (docs/experiments.md, 67).
+# twice the price, and trains no better (docs/experiments.md, 69).
 POLYNOMIALS: tuple[Polynomial, ...] = (
   (6.7524, -18.3510, 13.2633),
   (2.5379, -1.8747, 0.4413),

@@ -125,8 +125,7 @@ def _rows(layout: Layout, memory: Any) -> Iterator[LeafSummary]:
   held: dict[int, tuple[int, Any, int, int]] = {}
   for i, part in enumerate(layout.parts):
     arrays = jax.tree.leaves(memory[i]) if per_part else []
-    shapes = tuple(x.shape[len(part.batch_axes) :] for x in arrays)
-    shapes = tuple(filter(None, shapes))
+    shapes = tuple(filter(None, (x.shape[len(part.batch_axes) :] for x in arrays)))
     totals = len(part.names), _bytes(arrays), _operations(part, arrays)
     blocks, size, operations = (total // len(part.leaves) for total in totals)
     for leaf in part.leaves:

@@ -344,7 +344,7 @@ def _directions(part: Part, packed: Sequence[jax.Array]) -> jax.Array:
   directions = jnp.full(part.batch_shape, float(bool(packed)), jnp.float32)
   for covariance in map(_covariance, packed):
     squares = jnp.square(covariance).sum((-3, -2, -1))
-    trace = jnp.trace(covariance, axis1=-2, axis2=-1).sum(-1)
+    trace = _trace(covariance)[..., 0, 0, 0]
     directions *= jnp.square(trace) / jnp.where(squares > 0, squares, 1)
   return directions
 
