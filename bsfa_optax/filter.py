@@ -93,8 +93,9 @@ def bsfa(
     >>> state = tx.init(params)
     >>> updates, state = tx.update(params, state, params)
     >>> params = optax.apply_updates(params, updates)
-    >>> optax.tree.get(state, 'dominant_fraction')  # this update is all there was
-    Array([1.], dtype=float32)
+    >>> fraction = optax.tree.get(state, 'dominant_fraction')
+    >>> print(fraction.round(3))  # this update is all there was
+    [1.]
 
   References:
     Zhou, Wang, Chen, Cheng, `BSFA: Leveraging the Subspace Dichotomy to Accelerate
