@@ -138,11 +138,11 @@ def _rows(layout: Layout, memory: Any) -> Iterator[LeafSummary]:
 def _operations(part: Part, arrays: list[Any]) -> int:
   """Of the products with the square ones of a part's arrays; a fifth of a refresh.
 
-  A refresh takes a second moment and five products for each of them.
+  A refresh takes a second moment and three products for each of them.
   """
   squares = [x.shape for x in arrays if _is_square(part, x)]
   applied = sum(2 * math.prod(part.shape) * shape[-2] for shape in squares)
-  roots = sum(5 * 2 * math.prod(shape[:-1]) * shape[-2] ** 2 for shape in squares)
+  roots = sum(3 * 2 * math.prod(shape[:-1]) * shape[-2] ** 2 for shape in squares)
   return applied + (applied + roots) // 5
 
 

@@ -71,9 +71,9 @@ def scale_by_whitening(
   the identity.
 
   There is no eigendecomposition. The inverse roots are polynomials of the covariances,
-  two steps of five products in all, for all matrices of one size in one batch. Leaves
-  that are alike (the same matrix of every layer) are one array throughout, so that 100
-  layers are traced and compiled as one.
+  in three products, for all matrices of one size in one batch. Leaves that are alike
+  (the same matrix of every layer) are one array throughout, so that 100 layers are
+  traced and compiled as one.
 
   Of arrays with more than two axes the two longest have a covariance, and those between
   share it: the positions of a convolution's window, the heads of an attention kernel.

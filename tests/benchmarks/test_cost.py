@@ -29,8 +29,8 @@ def test_whitening_of_one_matrix(standard_promotion):
   found = counted(tx.update, params, tx.init(params), params)
   apply = 2 * m * n * (m + n)
   assert found.least == apply
-  # Two moments, and five products for each root.
-  assert found.most == 2 * apply + 10 * (m**3 + n**3)
+  # Two moments, and three products for each root.
+  assert found.most == 2 * apply + 6 * (m**3 + n**3)
 
 
 def test_default_costs_at_most_3_percent_of_a_training_step(standard_promotion):

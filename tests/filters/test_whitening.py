@@ -13,8 +13,16 @@ from bsfa_optax import _roots, scale_by_whitening
 from bsfa_optax.state import state_bytes
 
 
+def polynomial(x):
+  """The polynomial of the roots."""
+  (g, h), (c, d) = _roots.INNER, _roots.OUTER
+  t = 2 * x - 1
+  m = t**2 * (t**2 + g * t + h)
+  return np.polyval(c[::-1], t) + d[0] * m + m * (d[1] * t + d[2] * t**2 + d[3] * m)
+
+
 def root_of(side, ridge=0.2, blocks=1):
-  """What the polynomials make of the diagonal blocks of a covariance, float64."""
+  """What the polynomial makes of the diagonal blocks of a covariance, float64."""
   size = -(-len(side) // blocks)
   out = np.zeros_like(side)
   for start in range(0, len(side), size):
@@ -23,11 +31,8 @@ def root_of(side, ridge=0.2, blocks=1):
     values, vectors = np.linalg.eigh(block + ridge * np.eye(len(block)))
     filled = np.append(values, [ridge] * (size - len(block)))
     bound = np.sqrt(np.linalg.norm(filled**2))
-    y, z = values / bound, 1.0
-    for a, b, c in _roots.POLYNOMIALS:
-      p = a + b * z * y + c * (z * y) ** 2
-      y, z = y * p, z * p
-    out[own, own] = (vectors * z / np.sqrt(bound)) @ vectors.T
+    roots = polynomial(values / bound) / np.sqrt(bound)
+    out[own, own] = (vectors * roots) @ vectors.T
   return out
 
 

@@ -59,9 +59,9 @@ def test_larger_matrices_have_a_larger_share():
   params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
   rows = bsfa_optax.summary(bsfa_optax.scale_by_whitening(), params).leaves
   operations = {row.name: row.operations for row in rows}
-  # A step takes 4 n^3 for a square; a fifth of a refresh, its moments and 5 products.
-  assert operations['a'] == operations['b'] == int(8**3 * (4 + (4 + 20) / 5))
-  assert operations['large'] == int(32**3 * (4 + (4 + 20) / 5))
+  # A step takes 4 n^3 for a square; a fifth of a refresh, its moments and 3 products.
+  assert operations['a'] == operations['b'] == int(8**3 * (4 + (4 + 12) / 5))
+  assert operations['large'] == int(32**3 * (4 + (4 + 12) / 5))
 
 
 @pytest.mark.parametrize(
