@@ -1,4 +1,4 @@
-"""Prints the coefficients of bsfa_optax/_roots.py: minimax for a condition number.
+"""Prints the coefficients of bsfa_optax/whitening.py: minimax for a condition number.
 
 Of all polynomials of degree 8 it finds the p for which p(x) sqrt(x) is closest to 1 on
 [1 / condition, 1], and factors it for three products: in t = 2 x - 1, with s = t^2 and

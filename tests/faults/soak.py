@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import bsfa_optax
-from bsfa_optax._roots import inverse_square_root
+from bsfa_optax.whitening import inverse_square_root
 
 CHUNK = 2500  # steps between two looks
 RIDGE = 0.2  # the default

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bsfa_optax import _roots
+from bsfa_optax.whitening import INNER, inverse_square_root, OUTER
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -44,7 +44,7 @@ SPECTRA = {
 def test_root_of_whitened_covariances(n, name):
   # The ridge of the default bounds the condition number by (n + 0.2) / 0.2 <= 301.
   spectrum = SPECTRA[name](n) + 0.2
-  assert error(spectrum, _roots.inverse_square_root) < 0.285
+  assert error(spectrum, inverse_square_root) < 0.285
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def test_root_of_large_covariances(name):
   # Beyond the condition number of the polynomial only what is amplified too little.
   a = jnp.asarray(matrix(SPECTRA[name](n) + 0.2), jnp.float32)
   values, vectors = np.linalg.eigh(np.asarray(a, np.float64))
-  root = np.asarray(jax.jit(_roots.inverse_square_root)(a), np.float64)
+  root = np.asarray(jax.jit(inverse_square_root)(a), np.float64)
   gains = np.einsum('ij,ij->j', vectors, root @ vectors) * np.sqrt(values)
   assert (gains > 0).all()
   assert (gains < 1.285).all()
@@ -68,19 +68,19 @@ def test_root_of_large_covariances(name):
 def test_error_grows_with_the_condition_number(condition, greatest):
   # As one direction holds nearly everything, the bound on the spectrum is tight.
   spectrum = np.append(np.geomspace(0.1, 1 / condition, 23), 1.0)
-  assert error(spectrum, _roots.inverse_square_root) < greatest
+  assert error(spectrum, inverse_square_root) < greatest
 
 
 def test_scale_of_the_matrix_does_not_matter():
   a = jnp.asarray(matrix(SPECTRA['power law'](12) + 0.2), jnp.float32)
   for factor in (1e-6, 1e6):
-    scaled = _roots.inverse_square_root(factor * a) * np.float32(np.sqrt(factor))
-    np.testing.assert_allclose(scaled, _roots.inverse_square_root(a), atol=1e-3)
+    scaled = inverse_square_root(factor * a) * np.float32(np.sqrt(factor))
+    np.testing.assert_allclose(scaled, inverse_square_root(a), atol=1e-3)
 
 
 def powers():
   """The same polynomial by powers of A / bound, the highest first, float64."""
-  (g, h), (c, d) = _roots.INNER, _roots.OUTER
+  (g, h), (c, d) = INNER, OUTER
   t = np.poly1d([2.0, -1.0])
   m = t**2 * (t**2 + g * t + h)
   low = c[0] + c[1] * t + c[2] * t**2 + d[0] * m
@@ -113,7 +113,7 @@ def test_low_precision_of_the_later_products_does_no_harm(name, bits, monkeypatc
   assert error(spectrum, lambda a: in_powers(a, jnp.dot)) < 0.4
   assert error(spectrum, lambda a: in_powers(a, product)) > 1
   monkeypatch.setattr(jnp, 'matmul', product)
-  assert error(spectrum, _roots.inverse_square_root) < 0.29
+  assert error(spectrum, inverse_square_root) < 0.29
 
 
 @pytest.mark.slow
@@ -122,6 +122,6 @@ def test_coefficients_are_those_of_the_script():
   p, worst = script['minimax'](condition=400)
   assert worst < 0.283
   inner, *outer = script['factored'](p)
-  np.testing.assert_allclose(inner, _roots.INNER, atol=2e-3)
-  for found, stored in zip(outer, _roots.OUTER, strict=True):
+  np.testing.assert_allclose(inner, INNER, atol=2e-3)
+  for found, stored in zip(outer, OUTER, strict=True):
     np.testing.assert_allclose(found, stored, rtol=2e-3)

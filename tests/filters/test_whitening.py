@@ -9,13 +9,14 @@ import optax
 import pytest
 
 import bsfa_optax
-from bsfa_optax import _roots, scale_by_whitening
+from bsfa_optax import scale_by_whitening
 from bsfa_optax.state import state_bytes
+from bsfa_optax.whitening import INNER, OUTER
 
 
 def polynomial(x):
   """The polynomial of the roots."""
-  (g, h), (c, d) = _roots.INNER, _roots.OUTER
+  (g, h), (c, d) = INNER, OUTER
   t = 2 * x - 1
   m = t**2 * (t**2 + g * t + h)
   return np.polyval(c[::-1], t) + d[0] * m + m * (d[1] * t + d[2] * t**2 + d[3] * m)
