@@ -2,9 +2,9 @@
 
 `bsfa` is the library's default as a user gets it, `bsfa_adamw(rate)`. The others are a
 direction (Adam's, momentum, Muon's ...), perhaps filtered, the task's decoupled weight
-decay and the learning rate. Muon, SOAP, GaLore and the other filters take the matrices
-and convolutions of the hidden layers, as Muon's authors do; all else has Adam's
-direction. Kron has rules of its own.
+decay and the learning rate. Muon takes the leaves that `bsfa` takes; SOAP, GaLore and
+the other filters the matrices and convolutions of the hidden layers; all else has
+Adam's direction. Kron has rules of its own.
 
 To add one, add an entry to `CONTENDERS`.
 """
@@ -91,7 +91,8 @@ def muon(task: Task) -> optax.GradientTransformation:
     -1.0,  # the direction, not yet a descent
     adam_b1=0.9,
     adam_b2=task.b2,
-    muon_weight_dimension_numbers=_as_matrix(optax.contrib.MuonDimensionNumbers),
+    # The leaves that `bsfa` filters by default.
+    muon_weight_dimension_numbers=bsfa_optax.muon_dimension_numbers,
     consistent_rms=0.2,  # the size of Adam's, so that one learning rate fits both
   )
 
