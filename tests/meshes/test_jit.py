@@ -141,7 +141,8 @@ def unsharded(name):
 @pytest.mark.parametrize(
   ('name', 'kind'),
   # An auto mesh leaves to the compiler what is of the same value wherever it is done.
-  [(name, 'explicit') for name in FILTERS] + [('bsfa_adamw', 'auto')],
+  [(name, 'explicit') for name in FILTERS]
+  + [('bsfa_adamw', 'auto'), ('randomized_window', 'auto')],
 )
 def test_sharded_run_is_the_unsharded_run(name, kind):
   mesh, tx = make_mesh(kind), FILTERS[name]
