@@ -1,5 +1,6 @@
 """Settings of the whole suite: eight CPU devices and no silent promotion."""
 
+import gc
 import os
 
 # Two workers on two cores gain nothing from thread pools of their own, and compiling is
@@ -8,7 +9,7 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
   os.environ.setdefault(
     'XLA_FLAGS',
     '--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0'
-    ' --xla_llvm_disable_expensive_passes=true',
+    ' --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false',
   )
   os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -39,6 +40,12 @@ def pytest_xdist_make_scheduler(config, log):
   from xdist.scheduler import WorkStealingScheduling
 
   return WorkStealingScheduling(config, log)
+
+
+def pytest_collection_finish():
+  """What is imported stays: the garbage collector need not go through it again."""
+  gc.freeze()
+  gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture

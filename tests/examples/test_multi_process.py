@@ -28,7 +28,7 @@ class Run:
     with socket.socket() as s:
       s.bind(('localhost', 0))
       port = s.getsockname()[1]
-    env = {**os.environ, 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+    env = {'XLA_FLAGS': '--xla_backend_optimization_level=0'} | os.environ
     env['PYTHONPATH'] = f'{ROOT}{os.pathsep}{env.get("PYTHONPATH", "")}'
     command = [sys.executable, SCRIPT, f'--directory={directory}', f'--steps={STEPS}']
     command += [f'--save_every={SAVE_EVERY}', '--simulate=2']

@@ -40,7 +40,7 @@ def start(folder: Path, *options: str) -> subprocess.Popen:
     'JAX_PLATFORMS': 'cpu',
     # The three jobs compile the same programs.
     'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'PYTHONPATH': str(Path(bsfa_optax.__file__).parents[1]),
     'WITH_ENV': 'with-env x',
   }

@@ -106,9 +106,10 @@ CURVED = bsfa(estimator=hessian_lanczos(2))
 
 
 def update(tx, *state_of, updates=PARAMS, **kwargs):
-  """A function that calls ``tx.update``, perhaps with the state of another one."""
+  """A function that traces ``tx.update``, perhaps with the state of another one."""
   owner, params = state_of or (tx, PARAMS)
-  return lambda: tx.update(updates, owner.init(params), **kwargs)
+  call = lambda: tx.update(updates, owner.init(params), **kwargs)
+  return lambda: jax.eval_shape(call)
 
 
 def init(tx, params):

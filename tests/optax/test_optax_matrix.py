@@ -285,19 +285,16 @@ def test_abstract_init(entry):
 
 @SLOW
 @pytest.mark.parametrize(
-  ('test', 'entry'),
+  'test',
   [
-    ('test_state_sharding_type_init_match_update', 'bsfa_adamw'),
-    *(
-      ('test_state_sharding_type_preserved_with_jit', entry)
-      for entry in ('bsfa_adamw', 'bsfa_in_adamw-kronecker', 'split-pca')
-    ),
+    'test_state_sharding_type_init_match_update',
+    'test_state_sharding_type_preserved_with_jit',
   ],
 )
-def test_sharding(monkeypatch, test, entry):
+def test_sharding(monkeypatch, test):
   # Compared as a string there, where '0.10' < '0.7.2', and all would be skipped.
   monkeypatch.setattr(jax, '__version__', '9')
-  opt = FACTORIES[entry](1.0)
+  opt = FACTORIES['bsfa_adamw'](1.0)
   _run(sharding_test.ShardingTest, SHARDING[test], opt)
 
 
@@ -343,9 +340,9 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize('name', FILTERS)
+@pytest.mark.parametrize('name', [*FILTERS, 'split-pca', 'interpolated-pca'])
 def test_types_of_the_state_on_a_mesh_are_those_of_init(name):
-  tx = FILTERS[name]()
+  tx = FILTERS[name]() if name in FILTERS else FACTORIES[name](1.0)
   mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Explicit,))
   # In words, where a scalar has no mesh to differ in.
   types = functools.partial(jax.tree.map, lambda x: str(jax.typeof(x)))
