@@ -106,11 +106,11 @@ def page(tmp_path, tiny, store, folders, save_result, monkeypatch):
 
 
 def test_table_has_the_best_rate_and_round_of_each(page):
-  rows = dict(
-    (cells[1].strip(), [cell.strip() for cell in cells[2:-1]])
+  rows = {
+    cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
     for line in page.splitlines()
     if len(cells := line.split('|')) > 1
-  )
+  }
   assert list(rows)[2:] == ['`adamw`', '`lora-6`', '`galore-6`', '`sst-6`']
   assert rows['`sst-6`'] == ['0.2', '100', '1.2000', '16', '128', '75%']
   assert rows['`lora-6`'][4:] == ['128', '0%']
