@@ -11,9 +11,9 @@ import sys
 
 from tqdm import tqdm
 
-from benchmarks import cost, literature, report, runs, search
+from benchmarks import cost, family, literature, report, runs, search
 from benchmarks.command_line import make_parser
-from benchmarks.contenders import CONTENDERS, UnknownPackage, VARIANTS
+from benchmarks.contenders import FAMILY, find, UnknownPackage, VARIANTS
 from benchmarks.progress import Progress
 from benchmarks.runs import Run
 from benchmarks.store import BadResults, COLLECTED, RAW, Store
@@ -71,7 +71,7 @@ def tune(args: argparse.Namespace, store: Store) -> None:
     def score_at(rate, name=name, task=task, steps=steps, contender=contender):
       return runs.score(task, laboratory(Run(name, contender, rate, steps, 0)))
 
-    best = search.best_rate(CONTENDERS[contender].learning_rate, args.budget, score_at)
+    best = search.best_rate(find(contender).learning_rate, args.budget, score_at)
     tqdm.write(
       f'{name} {contender}: the best rate is {best:g}'
       if best
@@ -86,8 +86,9 @@ def ranked_rates(store: Store, task: str, contender: str, steps: int) -> list[fl
 
 
 def seed_runs(args: argparse.Namespace, store: Store) -> Iterator[Run]:
-  """Also other lengths, everyone at AdamW's best rate, and AdamW at its second best.
+  """Also other lengths, all at AdamW's best rate, and AdamW at its second best.
 
+  The family that saves memory is trained at its own best rate alone.
   Ranks by the results that are there when a run is asked for.
   """
   for name in args.task:
@@ -97,7 +98,11 @@ def seed_runs(args: argparse.Namespace, store: Store) -> Iterator[Run]:
       own, adamw = ranked(contender, steps), ranked('adamw', steps)
       if not own:
         continue
-      for rate in own[:2] if contender == 'adamw' else [own[0], *adamw[:1]]:
+      if contender == 'adamw':
+        rates = own[:2]
+      else:
+        rates = own[:1] if contender in FAMILY else [own[0], *adamw[:1]]
+      for rate in rates:
         for number in args.seed:
           yield Run(name, contender, rate, steps, number)
       if contender not in runs.OF_OTHER_LENGTHS:
@@ -193,6 +198,7 @@ def write_report(args: argparse.Namespace, store: Store) -> None:
   report.write(store, args.docs)
   literature.write(store, args.docs)
   cost.write(store, args.docs)
+  family.write(store, args.docs)
 
 
 def check_results(option: str, folder: Path, found: bool) -> None:
@@ -224,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     # Before hours of training, not after.
     for name in getattr(args, 'contender', ()):
-      CONTENDERS[name].direction(next(iter(TASKS.values())))
+      find(name).direction(next(iter(TASKS.values())))
     if args.command not in ('collect', 'report'):
       store.check_writable()
     ACTIONS[args.command](args, store)

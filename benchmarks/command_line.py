@@ -8,7 +8,7 @@ from pathlib import Path
 import textwrap
 
 from benchmarks import literature
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CONTENDERS, FAMILY
 from benchmarks.store import COLLECTED, RAW, ROOT
 from benchmarks.tasks import TASKS
 
@@ -96,10 +96,11 @@ class Commands:
       command.add_argument(
         '--contender',
         nargs='+',
-        choices=CONTENDERS,
+        choices=[*CONTENDERS, *FAMILY],
         default=list(CONTENDERS),
         metavar='NAME',
-        help=f'{", ".join(CONTENDERS)} (all)',
+        help=f'{", ".join(CONTENDERS)} (all of these); or of those that save memory,'
+        ' as lora-6 or sst-6-100',
       )
     add_data(command)
     return command

@@ -6,7 +6,7 @@ decay and the learning rate. Muon takes the leaves that `bsfa` takes; SOAP, GaLo
 the other filters the matrices and convolutions of the hidden layers; all else has
 Adam's direction. Kron has rules of its own.
 
-To add one, add an entry to `CONTENDERS`.
+To add one, add an entry to `CONTENDERS`, or to `FAMILY` if it is to save memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import optax
 from benchmarks.soap import soap_on
 from benchmarks.tasks import Task
 import bsfa_optax
-from bsfa_optax import estimators
+from bsfa_optax import estimators, low_rank, projected
 
 Schedule = Callable[[jax.Array], jax.Array]
 Direction = Callable[[Task], optax.GradientTransformation]
@@ -29,6 +29,18 @@ Direction = Callable[[Task], optax.GradientTransformation]
 
 class UnknownPackage(Exception):
   """A contender's package is not installed; the message says how to get it."""
+
+
+class Parts(NamedTuple):
+  """What is trained in place of the matrices of hidden layers.
+
+  Attributes:
+    method: `low_rank.sst`, `lora` or `relora` of a rank.
+    round: steps between two calls of `low_rank.renew`; None for one endless round.
+  """
+
+  method: Any
+  round: int | None = None
 
 
 class Contender(NamedTuple):
@@ -40,6 +52,7 @@ class Contender(NamedTuple):
     settings: for the results; whatever has an influence and is not in the task.
     decays: whether the task's weight decay applies.
     alias: instead of `direction`, task and schedule to a whole optimizer.
+    parts: of matrices that are trained in few numbers.
   """
 
   direction: Direction
@@ -47,6 +60,7 @@ class Contender(NamedTuple):
   settings: dict[str, Any]
   decays: bool = True
   alias: Callable[[Task, Schedule], optax.GradientTransformation] | None = None
+  parts: Parts | None = None
 
 
 def is_hidden(name: str, leaf: jax.Array) -> bool:
@@ -245,6 +259,69 @@ CONTENDERS = {
   'bsfa-muon': _filtered(muon, 1.6e-2, filter_options=_GRADED),
 }
 
+# Methods that save memory, trained for longer and reported apart: see `family`.
+
+
+def _projected(
+  make: Callable[..., optax.GradientTransformation],
+  rank: float,
+  learning_rate: float,
+) -> Contender:
+  """An optimizer of `bsfa_optax.projected` with its authors' defaults."""
+
+  def alias(task, rate):
+    return make(
+      rate, rank, b2=task.b2, weight_decay=task.weight_decay, leaves=is_hidden
+    )
+
+  of_task = 'b2', 'weight_decay'
+  settings = {k: v for k, v in _defaults(make).items() if k not in of_task}
+  return Contender(adam, learning_rate, settings | {'rank': rank}, alias=alias)
+
+
+def _in_parts(parts: Parts, learning_rate: float) -> Contender:
+  """Adam on the trained parts of matrices, and on all else."""
+  return Contender(
+    lambda task: low_rank.renewable(adam(task)),
+    learning_rate,
+    {'method': parts.method._asdict(), 'round': parts.round},
+    parts=parts,
+  )
+
+
+def _in_parts_with_bsfa(parts: Parts, learning_rate: float) -> Contender:
+  """`bsfa_adamw(rate)` in Adam's place."""
+
+  def alias(task, rate):
+    tx = bsfa_optax.bsfa_adamw(rate, b2=task.b2, weight_decay=task.weight_decay)
+    return low_rank.renewable(tx)
+
+  plain = _in_parts(parts, learning_rate)
+  return plain._replace(alias=alias, settings=plain.settings | _default().settings)
+
+
+_FEW, _MORE = 0.06, 0.25  # of the width
+_ROUNDS = (25, 50, 100, 200, 400, 800)
+
+FAMILY = {
+  'lora-6': _in_parts(Parts(low_rank.lora(_FEW)), 8e-3),
+  'lora-6-norm': _in_parts(Parts(low_rank.lora(_FEW, column_norm=True)), 8e-3),
+  'lora-6-bsfa': _in_parts_with_bsfa(Parts(low_rank.lora(_FEW)), 4e-3),
+  'galore-6': _projected(projected.galore, _FEW, 1.6e-2),
+  'fira-6': _projected(projected.fira, _FEW, 8e-3),
+  'frugal-6': _projected(projected.frugal, _FEW, 2.83e-3),
+  'frugal-25': _projected(projected.frugal, _MORE, 2.83e-3),
+  'dct-6': _projected(projected.dct_adamw, _FEW, 4e-3),
+}
+for _steps in _ROUNDS:
+  _few, _more = (Parts(low_rank.sst(rank), _steps) for rank in (_FEW, _MORE))
+  FAMILY |= {
+    f'relora-6-{_steps}': _in_parts(Parts(low_rank.relora(_FEW), _steps), 8e-3),
+    f'sst-6-{_steps}': _in_parts(_few, 1.13e-2),
+    f'sst-6-bsfa-{_steps}': _in_parts_with_bsfa(_few, 4e-3),
+    f'sst-25-{_steps}': _in_parts(_more, 1.13e-2),
+  }
+
 # `bsfa` with one option changed, for the figure of its sensitivity.
 _VALUES = {
   'ridge': (0.02, 0.05, 0.1, 0.4, 1.0),
@@ -270,19 +347,23 @@ VARIANTS = {
 
 
 def find(name: str) -> Contender:
-  """A contender or a variant of `bsfa` by its name."""
-  return VARIANTS[name].contender if name in VARIANTS else CONTENDERS[name]
+  """A contender, of the family or not, or a variant of `bsfa` by its name."""
+  if name in VARIANTS:
+    return VARIANTS[name].contender
+  return FAMILY[name] if name in FAMILY else CONTENDERS[name]
 
 
 def make_optimizer(
   contender: Contender, task: Task, learning_rate: Schedule
 ) -> optax.GradientTransformation:
   """The whole optimizer of a contender on a task."""
-  parts = [optax.clip_by_global_norm(task.clip)] if task.clip else []
+  if contender.parts and (steps := contender.parts.round):
+    learning_rate = low_rank.rewarmed(learning_rate, steps, max(1, steps // 10))
+  chain = [optax.clip_by_global_norm(task.clip)] if task.clip else []
   if contender.alias:
-    return optax.chain(*parts, contender.alias(task, learning_rate))
-  parts.append(contender.direction(task))
+    return optax.chain(*chain, contender.alias(task, learning_rate))
+  chain.append(contender.direction(task))
   if contender.decays and task.weight_decay:
-    parts.append(optax.add_decayed_weights(task.weight_decay))
-  parts.append(optax.scale_by_learning_rate(learning_rate))
-  return optax.chain(*parts)
+    chain.append(optax.add_decayed_weights(task.weight_decay))
+  chain.append(optax.scale_by_learning_rate(learning_rate))
+  return optax.chain(*chain)

@@ -14,14 +14,17 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
+import optax
 from tqdm import tqdm
 
-from benchmarks.contenders import Contender, find, make_optimizer
+from benchmarks.contenders import Contender, find, is_hidden, make_optimizer
 from benchmarks.progress import Progress
 from benchmarks.store import environment, Result, Results, Store
-from benchmarks.tasks import Problem, Task, TASKS
-from benchmarks.training import Carry, share_of_peak, Trainer
+from benchmarks.tasks import Batch, Params, Problem, Task, TASKS
+from benchmarks.training import Carry, Options, share_of_peak, Trainer
+from bsfa_optax import low_rank
 
 READ_EVERY = 10  # steps between two looks at the losses: each waits for the device
 CURVE_POINTS = 60  # at most
@@ -77,7 +80,60 @@ class TaskTrainer(Trainer):
       bar.update(count)
       if not math.isfinite(losses[-1]):
         return _summary(losses, block_ms, {})
-    return _summary(losses, block_ms, self.problem.evaluate(carry[0]))
+    return _summary(losses, block_ms, self.problem.evaluate(self.params(carry)))
+
+
+class PartsTrainer(TaskTrainer):
+  """Trains parts of the matrices, which are renewed at the end of each round.
+
+  It carries what is trained, the optimizer's state, what is frozen, a random key and
+  the number of steps.
+  """
+
+  def __init__(self, task: Task, problem: Problem, contender: Contender):
+    super().__init__(task, problem, contender)
+    method = contender.parts.method
+    self._split = jax.jit(
+      lambda params, key: low_rank.init(params, key, method, leaves=is_hidden)
+    )
+    self._merge = jax.jit(low_rank.merge)
+
+  def start(self, seed: int, options: Options) -> Carry:
+    split, draw = jax.random.split(jax.random.key(seed))
+    trained, frozen = self._split(self.problem.init(seed), split)
+    state = self._init(trained, options)
+    return trained, state, frozen, draw, jnp.zeros((), jnp.int32)
+
+  def traced_step(
+    self, carry: Carry, batch: Batch, options: Options
+  ) -> tuple[Carry, jax.Array]:
+    trained, state, frozen, key, count = carry
+    optimizer = self.make(options)
+    loss, gradient = jax.value_and_grad(
+      lambda trained: self.problem.loss(low_rank.join(trained, frozen), batch)
+    )(trained)
+    updates, state = optimizer.update(gradient, state, trained)
+    trained = low_rank.retract(optax.apply_updates(trained, updates))
+    count += 1
+    if steps := self.contender.parts.round:
+      trained, frozen, state = lax.cond(
+        count % steps == 0,
+        lambda *parts: low_rank.renew(
+          optimizer, *parts, jax.random.fold_in(key, count)
+        ),
+        lambda *parts: parts,
+        *(trained, frozen, state),
+      )
+    return (trained, state, frozen, key, count), loss
+
+  def params(self, carry: Carry) -> Params:
+    trained, _, frozen, *_ = carry
+    return self._merge(trained, frozen)
+
+
+def make_trainer(task: Task, problem: Problem, contender: Contender) -> TaskTrainer:
+  kind = PartsTrainer if contender.parts else TaskTrainer
+  return kind(task, problem, contender)
 
 
 def _summary(losses: list[float], block_ms: list[float], figures: dict) -> Result:
@@ -109,7 +165,7 @@ class Laboratory:
     self.store, self.again = store, again
     self.problem = functools.cache(lambda task: TASKS[task].build(data))
     self.trainer = functools.cache(
-      lambda task, contender: TaskTrainer(
+      lambda task, contender: make_trainer(
         TASKS[task], self.problem(task), find(contender)
       )
     )

@@ -13,7 +13,8 @@ import optax
 from benchmarks.tasks import Batch, Params, Problem, Task
 
 Options = dict[str, Any]  # scalars
-Carry = tuple[Params, Any]  # parameters and state of the optimizer
+# What is trained and the state of its optimizer, and whatever else a trainer carries.
+Carry = tuple[Any, ...]
 Make = Callable[[Options], optax.GradientTransformation]
 
 
@@ -70,11 +71,14 @@ class Trainer:
     )
     return (optax.apply_updates(params, updates), state), loss
 
+  def params(self, carry: Carry) -> Params:
+    """The parameters of the model as they are now."""
+    return carry[0]
+
   def sizes(self, options: Options) -> dict[str, int]:
-    """Number of parameters, and bytes of the optimizer's state."""
-    params = jax.eval_shape(lambda: self.problem.init(0))
-    state = jax.eval_shape(self._init, params, options)
+    """Number of parameters that are trained, and bytes of the optimizer's state."""
+    trained, state, *_ = jax.eval_shape(lambda: self.start(0, options))
     return {
-      'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
+      'parameters': sum(leaf.size for leaf in jax.tree.leaves(trained)),
       'state_bytes': sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
     }

@@ -22,6 +22,13 @@ from bsfa_optax._vectors import accumulator, product, resharded, sharding_of, sp
 BatchAxes = int | Callable[[str, Any], int]
 
 
+def flatten(tree: Any, is_leaf: Any = None) -> tuple[list[str], list[Any], Any]:
+  """Names of leaves, leaves, and the structure of a tree."""
+  flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+  names = [jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in flat]
+  return names, [leaf for _, leaf in flat], treedef
+
+
 def is_box(x: Any) -> bool:
   """Whether `x` is one of Flax's boxes, around one array."""
   return _leaves.is_box(x) and len(jax.tree.leaves(x)) == 1
@@ -48,16 +55,13 @@ def ranks(
   params: Any, rank: int | float, leaves: _leaves.Predicate, batch_axes: BatchAxes
 ) -> Any:
   """For each leaf the rank to work with, 0 if it is left alone; a box is a leaf."""
-  treedef: Any
-  flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
-  names = [jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in flat]
-  arrays = [jax.tree.leaves(node)[0] for _, node in flat]
-  named = list(zip(names, arrays, strict=True))
-  batch = [batch_axes(*x) if callable(batch_axes) else batch_axes for x in named]
-  leading = [tuple(range(n)) for n in batch]
+  names, nodes, treedef = flatten(params, is_box)
+  arrays = [jax.tree.leaves(node)[0] for node in nodes]
+  count = batch_axes if callable(batch_axes) else lambda name, leaf: batch_axes
+  batch = list(map(count, names, arrays))
+  chosen = _leaves.choose(names, arrays, [tuple(range(n)) for n in batch], leaves)
   found = []
-  chosen = _leaves.choose(names, arrays, leading, leaves)
-  for (name, x), n, (yes, _) in zip(named, batch, chosen, strict=True):
+  for name, x, n, (yes, _) in zip(names, arrays, batch, chosen, strict=True):
     is_matrix = x.ndim == 2 + n and jnp.issubdtype(x.dtype, jnp.floating)
     if yes and not is_matrix and leaves is not None:
       raise ValueError(
@@ -130,13 +134,6 @@ def orthonormal(y: jax.Array) -> jax.Array:
     inverse = each_matrix(_svd.inverse_cholesky, product('sk,sl->kl', y, y))
     y = product('sk,lk->sl', y, inverse)
   return y
-
-
-def one_hot(index: jax.Array, n: int, dtype: Any) -> jax.Array:
-  """Rows of the identity, `(*batch, r, n)` for indices `(*batch, r)`."""
-  # Compared, where the batch index lies: a gather would have to be told where to.
-  columns = jnp.arange(n, dtype=index.dtype).reshape((1,) * index.ndim + (n,))
-  return (columns == index[..., None]).astype(dtype)
 
 
 def greatest(score: jax.Array, count: int) -> jax.Array:

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from bsfa_optax import _check, _linalg, _matrices
-from bsfa_optax._vectors import accumulator, product, resharded, sharding_of, spec_of
+from bsfa_optax._vectors import accumulator, product, resharded, spec_of
 
 
 class _SST(NamedTuple):
@@ -146,6 +146,8 @@ def relora(
 
 
 _static = functools.partial(dataclasses.field, metadata={'static': True})
+_times = functools.partial(product, precision=None)  # that of the model
+_exactly = functools.partial(jax.default_matmul_precision, 'highest')
 
 
 class Spectrum(NamedTuple):
@@ -185,7 +187,7 @@ class FrozenSpectrum:
 
   def one_hot(self, dtype: Any) -> jax.Array:
     """The drawn columns of the identity as rows, (*batch, rank, k)."""
-    return _matrices.one_hot(self.drawn, self.u.shape[-1], dtype)
+    return jax.nn.one_hot(self.drawn, self.u.shape[-1], dtype=dtype)
 
 
 class Factors(NamedTuple):
@@ -258,7 +260,6 @@ class LowRankArray:
   ndim = property(lambda self: len(self.shape))
   size = property(lambda self: math.prod(self.shape))
   T = property(lambda self: self.dense().T)
-  mT = property(lambda self: self.dense().mT)
 
   def __repr__(self) -> str:
     try:
@@ -267,9 +268,9 @@ class LowRankArray:
       about = '...'
     return f'LowRankArray({about}): dense as w[...] or jnp.asarray(w)'
 
-  def dense(self, precision: Any = None) -> jax.Array:
+  def dense(self) -> jax.Array:
     """The matrix as an array of `shape` and `dtype`."""
-    return _times(None, self.trained, self.frozen, precision).astype(self.dtype)
+    return _applied(None, self.trained, self.frozen).astype(self.dtype)
 
   __jax_array__ = dense
   __array_ufunc__ = None  # so that NumPy leaves its operators to this class
@@ -297,7 +298,7 @@ for _name in ('add', 'sub', 'mul', 'truediv', 'matmul', 'pow', 'neg'):
   setattr(LowRankArray, f'__r{_name}__', _reflected)
 
 
-def _times(x: jax.Array | None, trained: Any, frozen: Any, precision: Any) -> jax.Array:
+def _applied(x: jax.Array | None, trained: Any, frozen: Any) -> jax.Array:
   """x W for x (..., m), or W if x is None; in float32 or wider."""
   if isinstance(trained, Spectrum):
     hot = frozen.one_hot(trained.s.dtype)
@@ -305,52 +306,45 @@ def _times(x: jax.Array | None, trained: Any, frozen: Any, precision: Any) -> ja
     # The stored vectors of what was drawn are out of date: the trained ones count.
     others = trained.s * (1 - hot.sum(-2))
     drawn = _enhanced if frozen.enhanced else _spectral
-    return _spectral(precision, x, frozen.u, others, frozen.v) + drawn(
-      precision, x, trained.u, own, trained.v
-    )
-  i, j, magnitude = trained.i, trained.j, trained.magnitude
-  times = functools.partial(product, precision=precision)
+    rest = _spectral(x, frozen.u, others, frozen.v)
+    return rest + drawn(x, trained.u, own, trained.v)
+  i, j, magnitude = trained
   if x is None:
-    change = times('mr,rn->mn', i, j)
+    change = _times('mr,rn->mn', i, j)
     whole = frozen.w.astype(change.dtype) + frozen.scale * change
-    norms = _column_norms(whole)
   else:
-    inside = times('m,mr->r', x, i).astype(x.dtype)
-    whole = times('m,mn->n', x, frozen.w) + frozen.scale * times('r,rn->n', inside, j)
-    norms = _norms_of_sum(trained, frozen)
+    inside = _times('m,mr->r', x, i).astype(x.dtype)
+    whole = _times('m,mn->n', x, frozen.w) + frozen.scale * _times('r,rn->n', inside, j)
   if magnitude is None:
     return whole
+  norms = _column_norms(whole) if x is None else _norms_of_sum(trained, frozen)
   return _by_columns(whole, magnitude.astype(norms.dtype) / norms)
 
 
 def _spectral(
-  precision: Any, x: jax.Array | None, u: jax.Array, s: jax.Array, v: jax.Array
+  x: jax.Array | None, u: jax.Array, s: jax.Array, v: jax.Array
 ) -> jax.Array:
   """x U S V^T, or U S V^T if x is None."""
-  left = u if x is None else product('m,mk->k', x, u, precision=precision)
+  left = u if x is None else _times('m,mk->k', x, u)
   left = _by_columns(left.astype(u.dtype), s)
-  term = 'mk,nk->mn' if x is None else 'k,nk->n'
-  return product(term, left, v, precision=precision)
+  return _times('mk,nk->mn' if x is None else 'k,nk->n', left, v)
 
 
 # The same with a gradient of the vectors that leaves out the values' magnitudes.
-_enhanced = jax.custom_vjp(_spectral, nondiff_argnums=(0,))
+_enhanced = jax.custom_vjp(_spectral)
 
 
-def _enhanced_backward(precision, given, g):
+def _enhanced_backward(given, g):
   x, u, s, v = given
   # Values turn negative in training, and without its sign the gradient would too.
   sign = jnp.where(s < 0, -1, 1).astype(s.dtype)
-  spectral = functools.partial(_spectral, precision)
   # Of both derivatives the compiler keeps what is used, and what they share once.
-  of_x, _, of_s, _ = jax.vjp(spectral, *given)[1](g)
-  _, of_u, _, of_v = jax.vjp(spectral, x, u, sign, v)[1](g)
+  of_x, _, of_s, _ = jax.vjp(_spectral, *given)[1](g)
+  _, of_u, _, of_v = jax.vjp(_spectral, x, u, sign, v)[1](g)
   return of_x, of_u, of_s, of_v
 
 
-_enhanced.defvjp(
-  lambda precision, *x: (_spectral(precision, *x), x), _enhanced_backward
-)
+_enhanced.defvjp(lambda *given: (_spectral(*given), given), _enhanced_backward)
 
 
 def _by_columns(x: jax.Array, s: jax.Array) -> jax.Array:
@@ -410,7 +404,7 @@ def dot(x: jax.Array, w: Any) -> jax.Array:
     return x @ w.astype(x.dtype)
   real = lambda y: jnp.issubdtype(y.dtype, jnp.floating)
   own = jax.tree.map(lambda y: y.astype(x.dtype) if real(y) else y, w)
-  return _times(x, own.trained, own.frozen, None).astype(x.dtype)
+  return _applied(x, own.trained, own.frozen).astype(x.dtype)
 
 
 def init(
@@ -469,20 +463,24 @@ def init(
   _matrices.check(method.rank, leaves, batch_axes)
   _check_key(key)
   ranks = jax.tree.leaves(_matrices.ranks(params, method.rank, leaves, batch_axes))
-  treedef: Any
-  given, treedef = jax.tree.flatten(params)
-  pairs = [(w, rank) for w, rank in zip(given, ranks, strict=True) if rank]
-  keys = iter(jax.random.split(key, len(pairs)))
-  split: Callable
-  if isinstance(method, _SST):
-    draws = max(math.ceil(min(w.shape[-2:]) / rank) for w, rank in pairs)
-    split = functools.partial(_decomposed, draws, method.enhanced)
-  else:
-    split = functools.partial(_factored, method)
-  parts = [
-    split(w, rank, next(keys)) if rank else (w, optax.MaskedNode())
-    for w, rank in zip(given, ranks, strict=True)
-  ]
+  _, given, treedef = _matrices.flatten(params)
+  pairs = list(zip(given, ranks, strict=True))
+  draws = max(math.ceil(min(w.shape[-2:]) / rank) for w, rank in pairs if rank)
+  keys = iter(jax.random.split(key, sum(rank > 0 for rank in ranks)))
+
+  def split(w, rank):
+    if not rank:
+      return w, optax.MaskedNode()
+    if isinstance(method, _LoRA):
+      wide = w.astype(accumulator(w.dtype))
+      norms = _column_norms(wide).astype(w.dtype) if method.column_norm else None
+      return _factored(w, rank, next(keys), norms, method.scale, method.restart)
+    u, s, v = _svd(w)
+    none = jnp.zeros((), jnp.int32)
+    frozen = FrozenSpectrum(u, v, None, none, draws, method.enhanced)
+    return _drawn(s, frozen, rank, next(keys))
+
+  parts = [split(w, rank) for w, rank in pairs]
   trained, frozen = map(treedef.unflatten, zip(*parts, strict=True))
   return trained, frozen
 
@@ -547,11 +545,9 @@ def merge(trained: Any, frozen: Any) -> optax.Params:
     >>> bool(jnp.allclose(merged['kernel'], params['kernel'], atol=1e-5))
     True
   """
-  return jax.tree.map(
-    lambda x: x.dense(lax.Precision.HIGHEST) if isinstance(x, LowRankArray) else x,
-    join(trained, frozen),
-    is_leaf=lambda x: isinstance(x, LowRankArray),
-  )
+  dense = lambda x: x.dense() if isinstance(x, LowRankArray) else x
+  with _exactly():
+    return jax.tree.map(dense, join(trained, frozen), is_leaf=_is_part)
 
 
 def retract(trained: Any) -> Any:
@@ -638,8 +634,7 @@ def _labels(params: Any) -> Any:
       return Factors('vectors', 'vectors', None if x.magnitude is None else 'rest')
     return 'rest'
 
-  is_whole = lambda x: isinstance(x, LowRankArray) or _is_part(x)
-  return jax.tree.map(label, params, is_leaf=is_whole)
+  return jax.tree.map(label, params, is_leaf=_is_part)
 
 
 def renew(
@@ -711,15 +706,11 @@ def renew(
   def choose(old, start):
     if not is_ours(old) or not restarted:
       return old
-    restart = lambda name: _matrices.restarted(
-      old.inner_states[name], start.inner_states[name]
-    )
-    # All matrices have had as many draws.
-    values = jax.tree.map(
-      lambda a, b: jnp.where(due, a, b), restart('values'), old.inner_states['values']
-    )
-    renewed = {'vectors': restart('vectors'), 'values': values}
-    return optax.PartitionState(old.inner_states | renewed)
+    old, start = old.inner_states, start.inner_states
+    fresh = {k: _matrices.restarted(old[k], start[k]) for k in ('vectors', 'values')}
+    if_due = functools.partial(jnp.where, due)  # all have had as many draws
+    fresh['values'] = jax.tree.map(if_due, fresh['values'], old['values'])
+    return optax.PartitionState(old | fresh)
 
   state = jax.tree.map(choose, state, tx.init(new), is_leaf=is_ours)
   return new, new_frozen, state
@@ -775,13 +766,12 @@ def _check_key(key: Any) -> None:
 
 
 def _is_part(x: Any) -> bool:
-  return isinstance(x, Spectrum | Factors)
+  return isinstance(x, Spectrum | Factors | LowRankArray)
 
 
 def _pairs(trained: Any, frozen: Any) -> tuple[Any, list[tuple[Any, Any]]]:
   """The trained and frozen parts that belong together, and the tree they stand in."""
-  treedef: Any
-  paths, treedef = jax.tree_util.tree_flatten_with_path(trained, is_leaf=_is_part)
+  names, parts, treedef = _matrices.flatten(trained, _is_part)
   try:
     others = treedef.flatten_up_to(frozen)
   except (ValueError, TypeError) as error:
@@ -789,15 +779,14 @@ def _pairs(trained: Any, frozen: Any) -> tuple[Any, list[tuple[Any, Any]]]:
       'trained and frozen do not have one structure; give the two that `init` or'
       ' `renew` returned together.'
     ) from error
-  for (path, t), f in zip(paths, others, strict=True):
+  for name, t, f in zip(names, parts, others, strict=True):
     if not _belong(t, f):
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
       raise ValueError(
         f'the trained and the frozen part of {name!r} do not belong together: a'
         ' checkpoint of another rank, method or shape? Restore both from one run, or'
         ' start with `init`.'
       )
-  return treedef, [(t, f) for (_, t), f in zip(paths, others, strict=True)]
+  return treedef, list(zip(parts, others, strict=True))
 
 
 def _belong(t: Any, f: Any) -> bool:
@@ -809,15 +798,6 @@ def _belong(t: Any, f: Any) -> bool:
     (*batch, m, n), rank = f.w.shape, t.i.shape[-1]
     return (t.i.shape, t.j.shape) == ((*batch, m, rank), (*batch, rank, n))
   return not _is_part(t) and isinstance(f, optax.MaskedNode)
-
-
-def _decomposed(
-  draws_per_svd: int, enhanced: bool, w: jax.Array, rank: int, key: jax.Array
-) -> tuple[Spectrum, FrozenSpectrum]:
-  u, s, v = _svd(w)
-  draws = jnp.zeros((), jnp.int32)
-  frozen = FrozenSpectrum(u, v, None, draws, draws_per_svd, enhanced)
-  return _drawn(s, frozen, rank, key)
 
 
 def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -852,34 +832,27 @@ def _redrawn(
     whole * others + product('mr,rk->mk', part, hot).astype(whole.dtype)
   )
   whole = put(f.u, t.u), t.s, put(f.v, t.v)
-  dense = LowRankArray(t, f).dense
-  u, s, v = lax.cond(due, lambda: _svd(dense(lax.Precision.HIGHEST)), lambda: whole)
+  with _exactly():
+    anew = lambda: _svd(LowRankArray(t, f).dense())
+    u, s, v = lax.cond(due, anew, lambda: whole)
   draws = jnp.where(due, 0, f.draws + 1)
   frozen = dataclasses.replace(f, u=u, v=v, draws=draws)
   return _drawn(s, frozen, f.drawn.shape[-1], key)
 
 
 def _factored(
-  method: _LoRA, w: jax.Array, rank: int, key: jax.Array
+  w: jax.Array, rank: int, key: jax.Array, magnitude: Any, scale: float, restart: bool
 ) -> tuple[Factors, FrozenFactors]:
-  first = _matrices.gaussian(key, jnp.matrix_transpose(w), rank)
-  first = (first / math.sqrt(w.shape[-2])).astype(w.dtype)
-  *batch, _, columns = spec_of(w)
-  shape = (*w.shape[:-2], rank, w.shape[-1])
-  second = jnp.zeros(
-    shape, w.dtype, out_sharding=sharding_of(w, (*batch, None, columns))
-  )
-  norms = _column_norms(w.astype(accumulator(w.dtype))).astype(w.dtype)
-  factors = Factors(first, second, norms if method.column_norm else None)
-  return factors, FrozenFactors(w, method.scale, method.restart)
+  i = _matrices.gaussian(key, jnp.matrix_transpose(w), rank)
+  i = (i / math.sqrt(w.shape[-2])).astype(w.dtype)
+  j = jnp.zeros_like(product('mr,mn->rn', i, w), w.dtype)  # split as a product is
+  return Factors(i, j, magnitude), FrozenFactors(w, scale, restart)
 
 
 def _restarted(
   t: Factors, f: FrozenFactors, key: jax.Array
 ) -> tuple[Factors, FrozenFactors]:
   # Without the magnitudes, which are trained on: the new W0 is normed by them again.
-  whole = LowRankArray(t._replace(magnitude=None), f).dense(lax.Precision.HIGHEST)
-  rank = t.i.shape[-1]
-  method = _LoRA(rank, f.scale, column_norm=False, restart=True)
-  factors, frozen = _factored(method, whole, rank, key)
-  return factors._replace(magnitude=t.magnitude), frozen
+  with _exactly():
+    whole = LowRankArray(t._replace(magnitude=None), f).dense()
+  return _factored(whole, t.i.shape[-1], key, t.magnitude, f.scale, f.restart)

@@ -190,7 +190,9 @@ def projected(
       learn = lambda *x: Basis(_new_basis(subspace, next(keys), *x))
       new = _each(learn, ranks, updates, old[0])
       bases = [_each(dense, ranks, updates, x) for x in (new, old[0])]
-      carried = functools.partial(_carried, inner, carry, ranks, updates, *bases)
+      before = _each(_down, ranks, updates, bases[1])
+      overlaps = _each(_overlap, ranks, *bases)
+      carried = functools.partial(_carried, inner, carry, before, overlaps)
       return new, lax.cond(count > 0, carried, lambda state: state, old[1])
 
     # The count stands still otherwise: the next finite gradient makes a subspace.
@@ -270,7 +272,7 @@ def _dense(subspace: Subspace, rank: int, g: jax.Array, basis: jax.Array) -> jax
   if subspace in ('svd', 'random'):
     return basis
   *batch, _, short = spec_of(_tall(g))
-  columns = _matrices.one_hot(basis, min(g.shape[-2:]), np.float32)
+  columns = jax.nn.one_hot(basis, min(g.shape[-2:]), dtype=np.float32)
   if subspace == 'dct':
     cosines = _dct.cosines(columns.shape[-1], np.float32)
     columns = product('rk,ks->rs', columns, cosines)
@@ -282,41 +284,36 @@ def _down(rank: int, x: jax.Array, p: jax.Array) -> Coordinates:
   return Coordinates(product('ms,sr->mr', _tall(x), p).astype(x.dtype))
 
 
+def _overlap(rank: int, new: jax.Array, old: jax.Array) -> Coordinates:
+  return Coordinates(product('sn,so->no', new, old))
+
+
 def _carried(
   inner: optax.GradientTransformation,
   carry: Carry,
-  ranks: Any,
-  updates: Any,
-  new: Any,
-  old: Any,
+  coordinates: Any,
+  overlaps: Any,
   state: optax.OptState,
 ) -> optax.OptState:
   """The inner optimizer's state in the coordinates of the new bases."""
   if carry == 'keep':
     return state
-  coordinates = _each(_down, ranks, updates, old)
   if carry == 'reset':
     zeros = jax.tree.map(jnp.zeros_like, coordinates)
     return _matrices.restarted(state, inner.init(zeros))
-  leaves, structure = jax.tree.flatten(coordinates)
-  shapes = [y.shape for y in leaves]
-  overlaps = _each(lambda _, p, q: product('sn,so->no', p, q), ranks, new, old)
-
   # Moments, momenta and whatever else of the state has the tree of the coordinates.
-  def are_coordinates(x):
-    leaves, treedef = jax.tree.flatten(x)
-    return (treedef, [y.shape for y in leaves]) == (structure, shapes)
+  kind = lambda x: (jax.tree.structure(x), [y.shape for y in jax.tree.leaves(x)])
+  are_coordinates = lambda x: kind(x) == kind(coordinates)
 
   def turn(path, node):
     if not are_coordinates(node):
       return node
-    second = any(getattr(key, 'name', None) in _SECOND_MOMENTS for key in path)
-
-    def turned(_, x, overlap):
-      overlap = jnp.square(overlap) if second else overlap
-      return Coordinates(product('no,mo->mn', overlap, x).astype(x.dtype))
-
-    return _each(turned, ranks, node, overlaps)
+    if any(getattr(key, 'name', None) in _SECOND_MOMENTS for key in path):
+      turns = jax.tree.map(jnp.square, overlaps)
+    else:
+      turns = overlaps
+    turned = lambda x, turn: product('no,mo->mn', turn, x).astype(x.dtype)
+    return jax.tree.map(turned, node, turns)
 
   return jax.tree_util.tree_map_with_path(turn, state, is_leaf=are_coordinates)
 
@@ -545,7 +542,6 @@ def dct_adamw(
     Subspace Selection for Low-Rank Adaptive Optimization of Large Language Models
     <https://arxiv.org/abs/2505.17967>`_, 2025
   """
-  _check.multiplier('learning_rate', learning_rate)
   by_cosines: dict[str, Any] = {'subspace': 'dct', 'residual': None, 'carry': 'rotate'}
   by_cosines |= {'refresh_every': 1, 'weight_decay': 0.0}
   return frugal(learning_rate, rank, **{**by_cosines, **options})
