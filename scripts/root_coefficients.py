@@ -1,12 +1,13 @@
-"""Prints the coefficients of bsfa_optax/whitening.py: minimax for a condition number.
+"""Prints the coefficients of bsfa_optax/whitening.py.
 
-Of all polynomials of degree 8 it finds the p for which p(x) sqrt(x) is closest to 1 on
-[1 / condition, 1], and factors it for three products: in t = 2 x - 1, with s = t^2 and
-m = s (s + g t + h), it is c0 + c1 t + c2 s + d0 m + m (d1 t + d2 s + d3 m). In t, which
-is in [-1, 1], the coefficients are small, and so is what rounding does to the sum.
+Of all polynomials of degree 8 it finds the p for which p(x) sqrt(x) is closest
+to 1 on [1 / condition, 1], and factors it for three products: in t = 2 x - 1,
+with s = t^2 and m = s (s + g t + h), it is
+c0 + c1 t + c2 s + d0 m + m (d1 t + d2 s + d3 m). As t is in [-1, 1], the
+coefficients are small, and so is what rounding does to the sum.
 
-Sastre, "Efficient evaluation of matrix polynomials",
-https://doi.org/10.1016/j.laa.2017.11.010, 2018, has such schemes.
+Sastre, "Efficient evaluation of matrix polynomials", 2018,
+https://doi.org/10.1016/j.laa.2017.11.010, has such schemes.
 
 Example: python scripts/root_coefficients.py --condition 400
 """
