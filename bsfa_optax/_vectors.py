@@ -311,27 +311,29 @@ def product(
   )
 
 
-def _by_rows(contract: Callable[..., jax.Array], a: jax.Array, b: jax.Array) -> Any:
-  """`contract` of two stacks, without copies of narrow ones in a wide dtype.
+def _by_rows(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """Products of the rows of two stacks, summed over `axes` of a row, `(*rest, r, q)`.
 
-  Only the compiler for CPUs makes them. It would also take a slice of a wide copy of
-  the stack, and that out of the loop: hence the bits and the barrier.
+  For CPUs, where a product would first copy narrow rows in a wide dtype; a sum of
+  products is fused. The compiler would also take a slice of a wide copy of the stack,
+  and that out of the loop: hence the bits and the barrier.
   """
   dtype = np.promote_types(accumulator(a.dtype), accumulator(b.dtype))
 
   def row(x, i):
-    x, i = lax.optimization_barrier((x, i))
     bits = lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
-    bits = lax.dynamic_index_in_dim(bits, i)
+    bits = lax.dynamic_index_in_dim(bits, i, keepdims=False)
     return lax.bitcast_convert_type(bits, x.dtype).astype(dtype)
 
-  def by_rows(a, b):
-    pair = lambda x, j: contract(x, row(b, j))[..., 0, 0]
-    line = lambda x: lax.map(lambda j: pair(x, j), jnp.arange(len(b)))
-    out = lax.map(lambda i: line(row(a, i)), jnp.arange(len(a)))
-    return jnp.moveaxis(out, (0, 1), (-2, -1))
+  def pair(number):
+    x, y, number = lax.optimization_barrier((a, b, number))
+    i, j = jnp.divmod(number, len(b))
+    return replicate((row(x, i) * row(y, j)).sum(axes))
 
-  return lax.platform_dependent(a, b, cpu=by_rows, default=contract)
+  products = lax.map(pair, jnp.arange(len(a) * len(b)))
+  return jnp.moveaxis(
+    products.reshape(len(a), len(b), *products.shape[1:]), (0, 1), (-2, -1)
+  )
 
 
 def _letters(ndim: int, batch_axes: tuple[int, ...]) -> tuple[str, str]:
@@ -387,8 +389,10 @@ def inner(layout: Layout, a: Vector, b: Vector) -> jax.Array:
   def products(part: Part, x: jax.Array, y: jax.Array) -> jax.Array:
     axes, batch = _letters(len(part.shape), part.batch_axes)
     contract = lambda x, y: replicate(product(f'y{axes},z{axes}->{batch}yz', x, y))
-    is_narrow = x.dtype != accumulator(x.dtype)
-    return _by_rows(contract, x, y) if is_narrow else contract(x, y)
+    if x.dtype == accumulator(x.dtype):
+      return contract(x, y)
+    by_rows = functools.partial(_by_rows, axes=part.inner_axes)
+    return lax.platform_dependent(x, y, cpu=by_rows, default=contract)
 
   return layout.gather(layout.map(products, a, b), 2)
 
