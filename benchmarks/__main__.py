@@ -11,7 +11,7 @@ import sys
 
 from tqdm import tqdm
 
-from benchmarks import cost, family, literature, report, runs, search
+from benchmarks import cost, family, literature, report, runs, scaling, search
 from benchmarks.command_line import make_parser
 from benchmarks.contenders import FAMILY, find, UnknownPackage, VARIANTS
 from benchmarks.progress import Progress
@@ -199,6 +199,7 @@ def write_report(args: argparse.Namespace, store: Store) -> None:
   literature.write(store, args.docs)
   cost.write(store, args.docs)
   family.write(store, args.docs)
+  scaling.write(store, args.docs)
 
 
 def check_results(option: str, folder: Path, found: bool) -> None:

@@ -26,6 +26,7 @@ class Study(NamedTuple):
 
   name: str
   task: Task
+  steps: int  # of a run
   runs: dict[str, dict[float, dict[int, Result]]]  # contender, rate, seed
   lengths: dict[str, dict[int, list[Result]]]  # contender, seed; each at its best rate
   times: Results
@@ -42,7 +43,7 @@ class Study(NamedTuple):
   def best_rate(self, contender: str) -> float | None:
     rates = self.runs.get(contender, {}).values()
     results = [r for seeds in rates for r in seeds.values()]
-    return runs.best_rate(results, self.task, self.task.steps)
+    return runs.best_rate(results, self.task, self.steps)
 
   def step_time(self, contender: str) -> float | None:
     """In units of AdamW's."""
@@ -102,24 +103,27 @@ def steps_worth(loss: float, reference: Iterable[tuple[int, float]]) -> Worth:
   return Worth('>', steps)
 
 
-def study(name: str, results: Iterable[Result], times: Results) -> Study:
-  """Sorts the results of a task."""
+def study(
+  name: str, results: Iterable[Result], times: Results, steps: int | None = None
+) -> Study:
+  """Sorts the results of a task, for runs of its own length unless told otherwise."""
   task = TASKS[name]
+  steps = steps or task.steps
   own: dict = defaultdict(lambda: defaultdict(dict))
   by_length = defaultdict(list)
   for result in results:
-    if result['steps'] == task.steps:
+    if result['steps'] == steps:
       rate, seed = result['learning_rate'], result['seed']
       own[result['contender']][rate][seed] = result
     if result['contender'] in runs.OF_OTHER_LENGTHS:
       by_length[result['contender'], result['steps']].append(result)
   lengths: dict = {contender: defaultdict(list) for contender in runs.OF_OTHER_LENGTHS}
-  for (contender, steps), found in by_length.items():
-    best = runs.best_rate(found, task, steps)
+  for (contender, length), found in by_length.items():
+    best = runs.best_rate(found, task, length)
     for result in found:
       if result['learning_rate'] == best:
         lengths[contender][result['seed']].append(result)
-  return Study(name, task, own, lengths, times)
+  return Study(name, task, steps, own, lengths, times)
 
 
 def speed_ups(
@@ -135,7 +139,7 @@ def speed_ups(
     curve = [(r['steps'], runs.score(of.task, r)) for r in longer]
     if len(curve) > 1:
       worth = steps_worth(loss, curve)
-      found.append(SpeedUp(worth.relation, worth.steps / of.task.steps))
+      found.append(SpeedUp(worth.relation, worth.steps / of.steps))
   return found
 
 
@@ -499,7 +503,7 @@ def missing(of: Study) -> list[str]:
       lacks.append(f'no time of {name}')
   for contender, by_seed in of.lengths.items():
     seeds = Counter(r['steps'] for results in by_seed.values() for r in results)
-    del seeds[of.task.steps]
+    del seeds[of.steps]
     if not seeds:
       lacks.append(f'runs of {contender} of other lengths, hence speed-ups')
     for steps, count in sorted(seeds.items()):
@@ -532,7 +536,7 @@ def task_page(of: Study) -> str:
       f'![Sensitivity](../figures/sensitivity-{of.name}.svg)',
     ]
   parts += ['All learning rates, that of the tables above in bold:', sweep_table(of)]
-  return page(f'{of.name}: {of.task.title}, {of.task.steps} steps', *parts)
+  return page(f'{of.name}: {of.task.title}, {of.steps} steps', *parts)
 
 
 def gaps(studies: list[Study]) -> list[str]:

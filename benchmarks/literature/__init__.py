@@ -2,7 +2,7 @@
 
 Each module has `run(data, seeds, store)`, which trains what has no result yet. From the
 results alone `plot(store, figures)` draws `figures / literature-NAME.svg`, and
-`table(store)` is the table of docs/tables/literature-NAME.md.
+`table(store)` is its table in docs/tables/literature.md.
 """
 
 from pathlib import Path
@@ -40,11 +40,12 @@ def measured(store: Store) -> dict[str, ModuleType]:
 
 
 def pages(store: Store) -> dict[str, str]:
-  """The texts of the generated pages by name."""
-  return {
-    f'literature-{name}': report.page(f'{name}: table', module.table(store))
+  """The text of the generated page by its name; empty without results."""
+  tables = [
+    f'({name}-table)=\n## {name}\n\n{module.table(store)}'
     for name, module in measured(store).items()
-  }
+  ]
+  return {'literature': report.page('Findings: tables', *tables)} if tables else {}
 
 
 def write(store: Store, docs: Path) -> None:

@@ -107,8 +107,8 @@ def test_page_of_a_reproduction(store, folders, tmp_path):
     name = common.run_name('whole', result['hyper'], 0)
     store.save(common.collection('ablation'), name, result)
   assert main(['report', *folders, '--docs', str(tmp_path)]) == 0
-  page = (tmp_path / 'tables' / 'literature-ablation.md').read_text()
-  assert page.startswith('# ablation: table\n')
+  page = (tmp_path / 'tables' / 'literature.md').read_text()
+  assert '\n## ablation\n' in page
   assert '| 8 | 1 of 1 diverged |  |  |\n' in page
   assert '| 1 | 1.0000 |  |  |\n' in page
   assert (tmp_path / 'figures' / 'literature-ablation.svg').exists()

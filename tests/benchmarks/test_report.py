@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import contenders, cost, literature, report, runs
+from benchmarks import contenders, cost, literature, report, runs, scaling
 from benchmarks.__main__ import main
 from benchmarks.command_line import DOCS
 from benchmarks.store import Store
@@ -72,6 +72,17 @@ def test_headline_is_in_readme_and_on_a_page(study, docs, folders):
   ]
   page = (docs / 'tables' / 'headline.md').read_text()
   assert rows_of(page, '`tiny`') == [headline]
+
+
+def test_lengths_have_a_row_for_each_contender(tiny, store, study, save_result):
+  """At 40 steps bsfa is worth 60 of AdamW's, at its best rate of two."""
+  for rate, loss in (0.1, 0.4), (0.2, 0.6):
+    save_result('bsfa', rate, 0, loss, steps=40)
+  found = scaling.studies(store, [tiny, 'masked-chain'], (20, 40, 80))
+  text = scaling.part(found)
+  assert [row[1] for row in rows_of(text, '20')] == ['adamw', 'muon', 'bsfa']
+  *_, bsfa = rows_of(text, '40')
+  assert bsfa[1:] == ['bsfa', '0.1', '2', '1', '0.4000', '1.50x', '0.81x', '0.94x']
 
 
 def test_busy_machine_shows_in_the_times():
@@ -224,3 +235,6 @@ def test_committed_pages_are_those_of_the_results():
   store = Store(Path('none'))
   made = report.pages(report.load(store)) | literature.pages(store) | cost.pages(store)
   assert made == {p.stem: p.read_text() for p in (DOCS / 'tables').glob('*.md')}
+  lengths = scaling.part(scaling.studies(store))
+  page = DOCS / scaling.PAGE
+  assert report.rewritten(page, 'lengths', lengths) == page.read_text()
