@@ -41,10 +41,14 @@ class Preset(NamedTuple):
   splits: int = 1
 
 
-# `toy` is for tests, the last two have the literature's sizes.
+# `toy` is for tests, the last two have the literature's sizes; between them width and
+# depth grow in proportion.
 PRESETS = {
   'toy': Preset(LlamaConfig(256, 16, 1, 2, 32), 16, 4, 2),
+  'width-64': Preset(LlamaConfig(256, 64, 2, 4, 171), 64, 32, 64),
   'small': Preset(LlamaConfig(256, 96, 3, 4, 256), 64, 32, 64),
+  'width-192': Preset(LlamaConfig(256, 192, 6, 8, 512), 64, 32, 64),
+  'width-384': Preset(LlamaConfig(256, 384, 12, 16, 1024), 64, 32, 64),
   'llama-72m': Preset(LlamaConfig(50_304, 410, 16, 10, 1036, 'bfloat16'), 150, 240, 64),
   'llama-134m': Preset(
     LlamaConfig(50_304, 768, 6, 12, 3072, 'bfloat16'), 1024, 480, 64, splits=16

@@ -13,7 +13,7 @@ from benchmarks import drawing, runs
 from benchmarks.contenders import CONTENDERS, VARIANTS
 from benchmarks.drawing import COLOURS, INK, plt
 from benchmarks.store import BadResults, Result, Results, Store, write_text
-from benchmarks.tasks import Task, TASKS
+from benchmarks.tasks import OTHER_WIDTHS, Task, TASKS
 
 TABLES = 'tables'
 SEEDS = 3  # fewer are reported as missing
@@ -539,10 +539,15 @@ def task_page(of: Study) -> str:
   return page(f'{of.name}: {of.task.title}, {of.steps} steps', *parts)
 
 
+def reported() -> list[str]:
+  """The tasks that have a page of their own."""
+  return [name for name in TASKS if name not in OTHER_WIDTHS]
+
+
 def gaps(studies: list[Study]) -> list[str]:
   """What is not measured yet, task by task."""
   found = []
-  for name in TASKS:
+  for name in reported():
     lacks = next((missing(one) for one in studies if one.name == name), ['everything'])
     found += [f'{name}: {lack}' for lack in lacks]
   return found
@@ -561,7 +566,7 @@ def plot(studies: list[Study], figures: Path) -> None:
 def load(store: Store) -> list[Study]:
   """Of the tasks that have results."""
   studies = [
-    study(name, store.load(name).values(), store.times(name)) for name in TASKS
+    study(name, store.load(name).values(), store.times(name)) for name in reported()
   ]
   return [one for one in studies if one.contenders]
 

@@ -1,87 +1,100 @@
-"""How speed-ups fade with the length of training, in docs/scaling.md."""
+"""How speed-ups change with length and size, in docs/scaling.md."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 import statistics
+from typing import NamedTuple
 
 from benchmarks import drawing, report
-from benchmarks.contenders import CONTENDERS
 from benchmarks.drawing import COLOURS, INK, plt
 from benchmarks.store import Store, write_text
+from benchmarks.tasks import OTHER_WIDTHS
 
 PAGE = 'scaling.md'
-STUDIED = ('llama-wikitext2', 'llama-novels')
-LENGTHS = (300, 1000, 3000, 10_000)
-COMPARED = ('adamw', 'muon', 'soap', 'bsfa')  # trained at every length, if any are
+COMPARED = ('adamw', 'muon', 'soap', 'bsfa')  # over all lengths and sizes
 
 
-def studies(
-  store: Store, tasks: Sequence[str] = STUDIED, lengths: Sequence[int] = LENGTHS
-) -> list[list[report.Study]]:
-  """For each task one for each length that the default was trained for, if any."""
-  found = []
-  for task in tasks:
-    results, times = store.load(task).values(), store.times(task)
-    every = [report.study(task, results, times, steps) for steps in lengths]
-    found.append([of for of in every if of.best_rate('bsfa')])
-  return [each for each in found if each]
+class Scale(NamedTuple):
+  """Studies that differ in one number, by that number."""
+
+  title: str
+  label: str
+  studies: dict[int, report.Study]
 
 
-def compared(of: report.Study) -> list[str]:
-  return [name for name in COMPARED if of.best_rate(name)]
+def study(store: Store, task: str, steps: int | None = None) -> report.Study:
+  results, times = store.load(task).values(), store.times(task)
+  return report.study(task, results, times, steps)
 
 
-def rows(of: report.Study) -> Iterable[list[str]]:
-  for name in compared(of):
-    rate = of.best_rate(name)
-    scores = of.scores(name, rate).values()
-    row = [
-      f'{of.steps:,}',
-      name,
-      f'{rate:g}',
-      str(len(of.runs[name])),
-      str(len(scores)),
-    ]
-    yield [*row, report.spread(scores), *report.gains(of, name, rate)]
+def over_lengths(
+  store: Store, task: str, lengths: Sequence[int] = (300, 1000, 3000, 10_000)
+) -> Scale:
+  found = {steps: study(store, task, steps) for steps in lengths}
+  return Scale(f'`{task}`, over the length of a run', 'steps', found)
 
 
-def table(found: list[report.Study]) -> str:
-  head = ['steps', 'contender', 'learning rate', 'rates tried', 'seeds']
-  head += [report.label(found[0].task), 'speed-up in steps']
-  head += ["in Muon's steps", 'in time']
-  return report.markdown(head, [row for of in found for row in rows(of)])
+def over_widths(store: Store) -> Scale:
+  tasks = {96: 'llama-novels'} | {width: name for name, width in OTHER_WIDTHS.items()}
+  found = {width: study(store, name) for width, name in sorted(tasks.items())}
+  title = '`llama-novels` over the width, depth in proportion, 300 steps'
+  return Scale(title, 'width', found)
 
 
-def part(found: list[list[report.Study]]) -> str:
+def scales(store: Store) -> list[Scale]:
+  """With what the default was trained at; without those that vary in nothing."""
+  every = [over_lengths(store, task) for task in ('llama-wikitext2', 'llama-novels')]
+  every.append(over_widths(store))
+  own = lambda studies: {x: of for x, of in studies.items() if of.best_rate('bsfa')}
+  every = [scale._replace(studies=own(scale.studies)) for scale in every]
+  return [scale for scale in every if len(scale.studies) > 1]
+
+
+def rows(x: int, of: report.Study) -> Iterable[list[str]]:
+  for name in COMPARED:
+    if rate := of.best_rate(name):
+      scores = of.scores(name, rate).values()
+      row = [f'{x:,}', name, f'{rate:g}', str(len(of.runs[name])), str(len(scores))]
+      ups, over_muon, _ = report.gains(of, name, rate)
+      yield [*row, report.spread(scores), ups, over_muon]
+
+
+def table(scale: Scale) -> str:
+  head = [scale.label, 'contender', 'learning rate', 'rates tried', 'seeds']
+  head += ['validation loss', 'speed-up in steps', "in Muon's steps"]
+  lines = [row for x, of in scale.studies.items() for row in rows(x, of)]
+  return report.markdown(head, lines)
+
+
+def part(found: list[Scale]) -> str:
   """What stands between the lines of the page."""
-  texts = [f'**`{each[0].name}`**\n\n{table(each)}' for each in found]
-  return '\n\n'.join(texts) or 'Not measured yet.'
+  tables = [f'**{scale.title}**\n\n{table(scale)}' for scale in found]
+  return '\n\n'.join(tables) or 'Not measured yet.'
 
 
-def plot(every: list[list[report.Study]], path: Path) -> None:
-  """Speed-ups in steps over the length of a run; dots are seeds."""
+def plot(found: list[Scale], path: Path) -> None:
+  """Speed-ups in steps: means are lines, seeds are dots."""
   figure, axes = plt.subplots(
-    1, len(every), figsize=(3.4 * len(every) + 1, 3.4), layout='constrained',
+    1, len(found), figsize=(3 * len(found) + 1, 3.6), layout='constrained',
     sharey=True, squeeze=False,
   )  # fmt: skip
-  for one, found in zip(axes[0], every, strict=True):
-    for name in [name for name in CONTENDERS if name in COMPARED[1:]]:
-      ups = {
-        of.steps: [x.factor for x in report.speed_ups(of, name, of.best_rate(name))]
-        for of in found
-      }
-      means = [(steps, statistics.fmean(each)) for steps, each in ups.items() if each]
-      if not means:
-        continue
-      one.plot(*zip(*means, strict=True), '-', color=COLOURS[name], label=name)
-      dots = [(steps, x) for steps, each in ups.items() for x in each]
-      one.plot(*zip(*dots, strict=True), '.', color=COLOURS[name])
+  for one, scale in zip(axes[0], found, strict=True):
+    for name in COMPARED[1:]:
+      ups = [
+        (x, [up.factor for up in report.speed_ups(of, name, of.best_rate(name))])
+        for x, of in scale.studies.items()
+      ]
+      means = [(x, statistics.fmean(each)) for x, each in ups if each]
+      if means:
+        one.plot(*zip(*means, strict=True), color=COLOURS[name], label=name)
+      for x, each in ups:
+        one.plot([x] * len(each), each, '.', color=COLOURS[name])
     one.axhline(1, color=INK, linewidth=0.8)
-    one.set(xscale='log', xlabel='steps', title=found[0].name)
-    lengths = [of.steps for of in found]
-    one.set_xticks(lengths, [f'{n:,}' for n in lengths], minor=False)
+    title = next(iter(scale.studies.values())).name
+    one.set(xscale='log', xlabel=scale.label, title=title)
+    one.set_xticks(list(scale.studies), [f'{x:,}' for x in scale.studies])
     one.minorticks_off()
   axes[0, 0].set_ylabel("AdamW's steps over steps")
   figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right upper')
@@ -90,8 +103,8 @@ def plot(every: list[list[report.Study]], path: Path) -> None:
 
 def write(store: Store, docs: Path) -> None:
   """Brings the page and its figure up to date, if it is there."""
-  page, found = docs / PAGE, studies(store)
+  page, found = docs / PAGE, scales(store)
+  if found:
+    plot(found, docs / 'figures' / 'scaling.svg')
   if page.exists():
-    if found:
-      plot(found, docs / 'figures' / 'lengths.svg')
-    write_text(page, report.rewritten(page, 'lengths', part(found)))
+    write_text(page, report.rewritten(page, 'scaling', part(found)))

@@ -412,3 +412,18 @@ TASKS = {
     ),
   ),
 }
+
+# The model of `llama-novels` at other widths, for docs/scaling.md alone.
+OTHER_WIDTHS = {f'llama-novels-{width}': width for width in (64, 192, 384)}
+TASKS |= {
+  name: Task(
+    f'LLaMA of width {width} on bytes of novels',
+    300,
+    functools.partial(
+      language_model,
+      f'width-{width}',
+      functools.partial(read_bytes, 'novels'),
+    ),
+  )
+  for name, width in OTHER_WIDTHS.items()
+}

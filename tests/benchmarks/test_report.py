@@ -78,11 +78,11 @@ def test_lengths_have_a_row_for_each_contender(tiny, store, study, save_result):
   """At 40 steps bsfa is worth 60 of AdamW's, at its best rate of two."""
   for rate, loss in (0.1, 0.4), (0.2, 0.6):
     save_result('bsfa', rate, 0, loss, steps=40)
-  found = scaling.studies(store, [tiny, 'masked-chain'], (20, 40, 80))
-  text = scaling.part(found)
+  text = scaling.table(scaling.over_lengths(store, tiny, (20, 40, 80)))
   assert [row[1] for row in rows_of(text, '20')] == ['adamw', 'muon', 'bsfa']
   *_, bsfa = rows_of(text, '40')
-  assert bsfa[1:] == ['bsfa', '0.1', '2', '1', '0.4000', '1.50x', '0.81x', '0.94x']
+  assert bsfa[1:] == ['bsfa', '0.1', '2', '1', '0.4000', '1.50x', '0.81x']
+  assert not rows_of(text, '80')
 
 
 def test_busy_machine_shows_in_the_times():
@@ -235,6 +235,5 @@ def test_committed_pages_are_those_of_the_results():
   store = Store(Path('none'))
   made = report.pages(report.load(store)) | literature.pages(store) | cost.pages(store)
   assert made == {p.stem: p.read_text() for p in (DOCS / 'tables').glob('*.md')}
-  lengths = scaling.part(scaling.studies(store))
-  page = DOCS / scaling.PAGE
-  assert report.rewritten(page, 'lengths', lengths) == page.read_text()
+  page, part = DOCS / scaling.PAGE, scaling.part(scaling.scales(store))
+  assert report.rewritten(page, 'scaling', part) == page.read_text()
