@@ -211,11 +211,14 @@ class FrozenFactors:
 
   Attributes:
     w: W0, ``(*batch, m, n)``.
+    squares: sums over the columns of W0 of its squares ``(*batch, n)``, or None where
+      norms are free.
     scale: what multiplies the product of the factors.
     restart: whether `renew` adds the product to W0 and starts the factors anew.
   """
 
   w: Any
+  squares: Any
   scale: float = _static()
   restart: bool = _static()
 
@@ -363,7 +366,7 @@ def _norms_of_sum(trained: Factors, frozen: FrozenFactors) -> jax.Array:
   """The columns' norms of W0 + scale I J from products no larger than the factors."""
   wide = accumulator(trained.i.dtype)
   w, i, j = (x.astype(wide) for x in (frozen.w, trained.i, frozen.scale * trained.j))
-  square = jnp.square(w).sum(-2) + 2 * (product('mn,mr->rn', w, i) * j).sum(-2)
+  square = frozen.squares.astype(wide) + 2 * (product('mn,mr->rn', w, i) * j).sum(-2)
   square += (product('rs,sn->rn', product('mr,ms->rs', i, i), j) * j).sum(-2)
   return jnp.sqrt(jnp.where(square > 0, square, 1))
 
@@ -846,7 +849,9 @@ def _factored(
   i = _matrices.gaussian(key, jnp.matrix_transpose(w), rank)
   i = (i / math.sqrt(w.shape[-2])).astype(w.dtype)
   j = jnp.zeros_like(product('mr,mn->rn', i, w), w.dtype)  # split as a product is
-  return Factors(i, j, magnitude), FrozenFactors(w, scale, restart)
+  wide = w.astype(accumulator(w.dtype))
+  squares = None if magnitude is None else jnp.square(wide).sum(-2)
+  return Factors(i, j, magnitude), FrozenFactors(w, squares, scale, restart)
 
 
 def _restarted(

@@ -265,7 +265,7 @@ def curvature_energy(
       return [v[0] for v in _vectors.mix(layout, along, rows)]
 
   def sample(key):
-    x = _vectors.random(jax.random.rademacher, layout.select(params), key)
+    x = _vectors.random(_signs, layout.select(params), key)
     dominant = project(x)
     bulk = measure([v - p for v, p in zip(x, dominant, strict=True)])
     return bulk if inside is not None else jnp.stack([bulk, measure(dominant)])
@@ -284,3 +284,9 @@ def curvature_energy(
     for i in range(2)
   )
   return CurvatureEnergy(energy, trace)
+
+
+def _signs(key: jax.Array, shape: Any, dtype: Any, out_sharding: Any) -> jax.Array:
+  """`jax.random.rademacher`, which takes no sharding before JAX 0.10.1."""
+  drawn = jax.random.bernoulli(key, shape=shape, out_sharding=out_sharding)
+  return jnp.where(drawn, 1, -1).astype(dtype)
