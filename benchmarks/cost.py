@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import drawing, report
-from benchmarks.soap import soap_on
+from benchmarks.soap import scale_by_soap
 from benchmarks.store import Store
 import bsfa_optax
 
@@ -92,7 +92,13 @@ def _soap(refresh_every: int) -> optax.GradientTransformation:
     return jax.tree.map(lambda _, n: n is not None, params, numbers)
 
   return optax.chain(
-    soap_on(is_filtered, optax.scale_by_adam(), refresh_every),
+    optax.partition(
+      {
+        True: scale_by_soap(refresh_every=refresh_every),
+        False: optax.scale_by_adam(),
+      },
+      is_filtered,
+    ),
     optax.add_decayed_weights(1e-4),
     optax.scale_by_learning_rate(1e-3),
   )

@@ -53,10 +53,11 @@ class TaskTrainer(Trainer):
 
   def __init__(self, task: Task, problem: Problem, contender: Contender):
     self.task, self.contender = task, contender
+    course = task._replace(floor=1.0) if contender.schedule_free else task
 
     def make(options):
       schedule = lambda count: (
-        options['rate'] * share_of_peak(task, count, options['steps'])
+        options['rate'] * share_of_peak(course, count, options['steps'])
       )
       return make_optimizer(contender, task, schedule)
 
@@ -81,6 +82,12 @@ class TaskTrainer(Trainer):
       if not math.isfinite(losses[-1]):
         return _summary(losses, block_ms, {})
     return _summary(losses, block_ms, self.problem.evaluate(self.params(carry)))
+
+  def params(self, carry: Carry) -> Params:
+    params, state = carry
+    if not self.contender.schedule_free:
+      return params
+    return optax.contrib.schedule_free_eval_params(state[-1], params)
 
 
 class PartsTrainer(TaskTrainer):

@@ -7,7 +7,6 @@ orthogonal iteration, by QR, at a refresh.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -60,24 +59,17 @@ def scale_by_soap(
     leaves, structure = jax.tree.flatten(updates)
     first = state.count == 0
     step = jnp.maximum(state.count, 1).astype(jnp.float32)
-    due = state.count % refresh_every == 0
     out, mean, square, covariances, bases = [], [], [], [], []
     for g, m, s, covariance, basis in zip(leaves, *state[1:], strict=True):
       m = jnp.where(first, m, b1 * m + (1 - b1) * g)
-      s = jnp.where(first, s, b2 * s + (1 - b2) * jnp.square(_rotated(g, basis)))
+      s = jnp.where(first, s, b2 * s + (1 - b2) * jnp.square(rotated(g, basis)))
       corrected = jnp.sqrt(1 - b2**step) / (1 - b1**step)
-      direction = corrected * _rotated(m, basis) / (jnp.sqrt(s) + eps)
-      out.append(jnp.where(first, 0, _rotated(direction, basis, back=True)))
+      direction = corrected * rotated(m, basis) / (jnp.sqrt(s) + eps)
+      out.append(jnp.where(first, 0, rotated(direction, basis, back=True)))
       covariance = [
         b2 * c + (1 - b2) * _second_moment(g, a) for a, c in enumerate(covariance)
       ]
-      basis, s = jax.lax.switch(
-        jnp.where(first, 0, jnp.where(due, 1, 2)),
-        [_decomposed, _iterated, lambda covariance, basis, s: (basis, s)],
-        covariance,
-        basis,
-        s,
-      )
+      basis, s = turned(state.count, refresh_every, covariance, basis, s)
       mean.append(m)
       square.append(s)
       covariances.append(covariance)
@@ -88,20 +80,29 @@ def scale_by_soap(
   return optax.GradientTransformation(init, update)
 
 
-def soap_on(
-  is_chosen: Callable[[Any], Any],
-  others: optax.GradientTransformation,
-  refresh_every: int,
-) -> optax.GradientTransformation:
-  """SOAP on some leaves, told by a function of the parameters to a tree of booleans."""
-  chosen = scale_by_soap(refresh_every=refresh_every)
-  return optax.partition({True: chosen, False: others}, is_chosen)
-
-
-def _rotated(x: jax.Array, bases: list[jax.Array], back: bool = False) -> jax.Array:
+def rotated(x: jax.Array, bases: list[jax.Array], back: bool = False) -> jax.Array:
+  """In the bases of its axes, or from there."""
   for basis in bases:  # each product moves the next axis to the front
     x = jnp.tensordot(x, basis, ((0,), (int(back),)))
   return x
+
+
+def turned(
+  count: jax.Array,
+  refresh_every: int,
+  covariances: list[jax.Array],
+  bases: list[jax.Array],
+  square: jax.Array,
+) -> tuple[list[jax.Array], jax.Array]:
+  """Bases after an update, and the squares in their new order."""
+  due = count % refresh_every == 0
+  return jax.lax.switch(
+    jnp.where(count == 0, 0, jnp.where(due, 1, 2)),
+    [_decomposed, _iterated, lambda covariances, bases, square: (bases, square)],
+    covariances,
+    bases,
+    square,
+  )
 
 
 def _second_moment(x: jax.Array, axis: int) -> jax.Array:

@@ -111,6 +111,15 @@ def test_contender_without_runs_is_named(absent, study, docs, folders, store, ca
   assert (docs / 'figures' / 'speed-ups.svg').exists()
 
 
+def test_contender_of_some_tasks_is_missed_there_alone():
+  assert report.ONLY_ON.keys() <= contenders.CONTENDERS.keys()
+  for name, meant in ('llama-novels', True), ('masked-chain', False):
+    absent, *_ = report.missing(report.study(name, [], {}))
+    assert 'nadamw' in absent
+    assert ('normuon' in absent) is meant
+    assert 'bsfa-metric' not in absent
+
+
 def test_page_of_a_task_has_its_tables(study, docs, folders):
   main(['report', *folders, '--docs', str(docs)])
   page = (docs / 'tables' / 'tiny.md').read_text()
