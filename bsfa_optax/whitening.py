@@ -7,16 +7,16 @@ the arithmetic of one side, and the storage of its two matrices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 import functools
 import math
-import string
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bsfa_optax import _check, _learned, _leaves, _linalg, _vectors
+from bsfa_optax import _check, _learned, _leaves, _vectors
 from bsfa_optax._vectors import Layout, Part
 
 
@@ -160,15 +160,14 @@ def scale_by_whitening(
   _check.interval('refresh_every', interval)
   _check.positive_int('block_size', block_size)
 
-  def layout_of(params):
-    return _leaves.layout(
-      params,
-      leaves=leaves,
-      axes=axes,
-      batch_axes=batch_axes,
-      axis_name=axis_name,
-      stacked=True,
-    )
+  layout_of = functools.partial(
+    _leaves.layout,
+    leaves=leaves,
+    axes=axes,
+    batch_axes=batch_axes,
+    axis_name=axis_name,
+    stacked=True,
+  )
 
   def init(layout, params):
     del params
@@ -186,10 +185,11 @@ def scale_by_whitening(
     memory = list(memory)
     turns = _turns(layout, block_size)
     for turn, members in enumerate(turns):
+      parts = tuple(layout.parts[i] for i in members)
       # No step pays for all: each group of parts has its own within an interval.
       news = jax.lax.cond(
         _learned.is_due(count, interval, turn / len(turns)),
-        functools.partial(refresh, layout.only(members), e),
+        functools.partial(refresh, dataclasses.replace(layout, parts=parts), e),
         _learned.keep,
         [vector[i] for i in members],
         [memory[i] for i in members],
@@ -210,7 +210,7 @@ def scale_by_whitening(
     covariances, structure = jax.tree.flatten(news)
     regular = [_regular(c, s, e) for c, s in zip(covariances, sides, strict=True)]
     # All sides of one size are one batch.
-    roots = _linalg.by_size(inverse_square_root, regular, distribute_over)
+    roots = _vectors.by_size(inverse_square_root, regular, distribute_over)
     renewed = map(_renewed, jax.tree.leaves(packed), covariances, roots)
     renewed = jax.tree.unflatten(structure, list(renewed))
     # Counted here and kept, as counting costs as much as filtering.
@@ -221,9 +221,8 @@ def scale_by_whitening(
     del count
     whitened = []
     for part, v, factors in zip(layout.parts, vector, memory, strict=True):
-      v = v.astype(_vectors.accumulator(v.dtype))
       for side, packed in zip(_sides(part, block_size), factors.packed, strict=True):
-        v = _multiplied(v, _root(packed).astype(v.dtype), side, part)
+        v = _multiplied(v, _root(packed), side, part)
       whitened.append(v)
     whitened = _vectors.with_norm_of(layout, whitened, vector)
     directions = [factors.directions.reshape(-1) for factors in memory]
@@ -304,11 +303,11 @@ def _sides(part: Part, block_size: int) -> tuple[Side, ...]:
 def _turns(layout: Layout, block_size: int) -> list[list[int]]:
   """The parts, by position, in at most five groups of about the same work."""
 
-  def cost(part):
-    cubes = sum(side.blocks * side.size**3 for side in _sides(part, block_size))
-    return math.prod(part.batch_shape) * cubes
-
-  costs = layout.map(cost)
+  costs = [
+    math.prod(part.batch_shape)
+    * sum(side.blocks * side.size**3 for side in _sides(part, block_size))
+    for part in layout.parts
+  ]
   turns: list[list[int]] = [[] for _ in range(min(5, len(costs)))]
   totals = [0] * len(turns)
   for i in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
@@ -357,51 +356,38 @@ def _trace(x: jax.Array) -> jax.Array:
 # The arithmetic of one side.
 
 
-def _in_blocks(x: jax.Array, side: Side) -> jax.Array:
-  """Cuts the side's axis in two: blocks, and entries within one."""
+def _in_blocks(
+  x: jax.Array, side: Side, part: Part
+) -> tuple[jax.Array, int, tuple[int, ...]]:
+  """Cuts the side's axis in two: blocks, which are one more batch axis, and entries.
+
+  Returns:
+    The array, the axis of the entries, and the batch axes.
+  """
   if side.blocks > 1:  # an explicit mesh reshapes no axis that is split over it
     x = _vectors.whole(x, side.axis)
   missing = side.blocks * side.size - side.length
   if missing:
     x = jnp.pad(x, [(0, missing * (a == side.axis)) for a in range(x.ndim)])
   shape = (*x.shape[: side.axis], side.blocks, side.size, *x.shape[side.axis + 1 :])
-  return x.reshape(shape)
-
-
-def _letters(x: jax.Array, side: Side, part: Part) -> tuple[str, str, str, str]:
-  """Names of all axes in blocks, of the batch axes, of the blocks, of the entries."""
-  letters = string.ascii_lowercase[: x.ndim]
-  batch = ''.join(letters[axis + (axis > side.axis)] for axis in part.batch_axes)
-  return letters, batch, letters[side.axis], letters[side.axis + 1]
+  batch_axes = tuple(axis + (axis > side.axis) for axis in part.batch_axes)
+  return x.reshape(shape), side.axis + 1, (*batch_axes, side.axis)
 
 
 def _moments(block_size: int, part: Part, x: jax.Array) -> tuple[jax.Array, ...]:
   """Sums of outer products of the fibres along each side, `(*batch, blocks, n, n)`."""
-  x = x.astype(_vectors.accumulator(x.dtype))
-
-  def moment(side):
-    cut = _in_blocks(x, side)
-    letters, batch, block, entry = _letters(cut, side, part)
-    subscripts = f'{letters},{letters.replace(entry, "z")}->{batch}{block}{entry}z'
-    # At full precision: its rounding is the floor of the root's error.
-    return _vectors.product(subscripts, cut, cut, [None] * (len(batch) + 3))
-
-  return tuple(map(moment, _sides(part, block_size)))
+  cuts = [_in_blocks(x, side, part) for side in _sides(part, block_size)]
+  # At full precision: its rounding is the floor of the root's error.
+  return tuple(_vectors.second_moment(*cut) for cut in cuts)
 
 
 def _multiplied(x: jax.Array, root: jax.Array, side: Side, part: Part) -> jax.Array:
   """The product of each block of a side with its root, in the shape of `x`."""
-  given, x = x, _in_blocks(x, side)
-  letters, batch, block, entry = _letters(x, side, part)
-  x = jnp.einsum(
-    f'{letters},{batch}{block}{entry}z->{letters.replace(entry, "z")}',
-    x,
-    root,
-    out_sharding=_vectors.sharding_of(x, _vectors.spec_of(x)),
-  )
-  merged = (*x.shape[: side.axis], -1, *x.shape[side.axis + 2 :])
-  x = jax.lax.slice_in_dim(x.reshape(merged), 0, side.length, axis=side.axis)
-  return _vectors.like(x, given)
+  cut, axis, batch_axes = _in_blocks(x, side, part)
+  whitened = _vectors.multiply(cut, root, axis, batch_axes, precision=None)
+  merged = whitened.reshape((*x.shape[: side.axis], -1, *x.shape[side.axis + 1 :]))
+  merged = jax.lax.slice_in_dim(merged, 0, side.length, axis=side.axis)
+  return _vectors.like(merged, x)
 
 
 # From scripts/root_coefficients.py --condition 400: at most 28 % from the root for

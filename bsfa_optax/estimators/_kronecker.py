@@ -127,15 +127,14 @@ def kronecker(
   _check.positive('max_ratio', max_ratio)
   _check.floating('storage_dtype', storage_dtype)
 
-  def layout_of(params):
-    return _leaves.layout(
-      params,
-      leaves=leaves,
-      axes=axes,
-      batch_axes=batch_axes,
-      axis_name=axis_name,
-      stacked=True,
-    )
+  layout_of = functools.partial(
+    _leaves.layout,
+    leaves=leaves,
+    axes=axes,
+    batch_axes=batch_axes,
+    axis_name=axis_name,
+    stacked=True,
+  )
 
   def factored(layout):
     return [_factored_axes(part, max_size, max_ratio) for part in layout.parts]
@@ -157,11 +156,11 @@ def kronecker(
     def refresh(vector, memory):
       bases, spectra = map(list, zip(*memory, strict=True))
       rotated = _vectors.rotate(layout, vector, bases, own)
-      moments = _vectors.second_moments(layout, rotated, own)
+      moments = layout.sum_over_shards(layout.map(_moments, rotated, own))
       sums = jax.tree.map(functools.partial(_decayed, decay), spectra, moments)
       matrices, structure = jax.tree.flatten(sums)
       # All factors of one size are one batch.
-      turned = _linalg.by_size(_linalg.eigh, matrices)
+      turned = _vectors.by_size(_linalg.eigh, matrices)
       # Rounding may leave the least eigenvalues of a covariance below 0.
       values = jax.tree.unflatten(structure, [jnp.maximum(x, 0) for x, _ in turned])
       turns = jax.tree.unflatten(structure, [rows for _, rows in turned])
@@ -188,6 +187,10 @@ def _factored_axes(part: Part, max_size: int, max_ratio: float) -> tuple[int, ..
   # The two longest: those of a convolution's kernel that count channels.
   fit.sort(key=part.shape.__getitem__)
   return tuple(sorted(fit[-2:]))
+
+
+def _moments(part: Part, x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+  return tuple(_vectors.second_moment(x, axis, part.batch_axes) for axis in axes)
 
 
 def _relative_variance(
