@@ -47,8 +47,8 @@ def learned(
   layout_of: Callable[[optax.Params], Layout],
   init_memory: Callable[[Layout, optax.Params], Any],
   learn: Callable[..., Any],
-  apply: Callable[..., tuple[Vector, dict[str, jax.Array]]],
-  *measured: str,
+  apply: Callable[..., tuple[Vector, jax.Array]],
+  measured: str,
   interval: Interval | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """The transformation that learns from each update and then filters it.
@@ -60,8 +60,9 @@ def learned(
     init_memory: ``init_memory(layout, params) -> memory``.
     learn: ``learn(layout, vector, memory, count, params, **extra_args) -> memory``; it
       is only called with finite vectors, `count` of which came before.
-    apply: ``apply(layout, vector, memory, count) -> (vector, measured)``.
-    measured: the names of the measured numbers.
+    apply: ``apply(layout, vector, memory, count) -> (vector, numbers)``, of which the
+      numbers, one a block, are kept in the state.
+    measured: what these numbers are.
     interval: updates between two refreshes of what ages, if anything does.
   """
 
@@ -70,40 +71,36 @@ def learned(
   learner_of = functools.lru_cache(lambda layout: functools.partial(learn, layout))
   shapes: dict[Layout, Any] = {}  # of the memory
 
-  def check(layout, updates, memory):
-    if layout not in shapes:  # not made here, or of updates in another dtype
-      like = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-      init = functools.partial(init_memory, layout)
-      shapes[layout] = shapes_of(jax.eval_shape(init, jax.tree.map(like, updates)))
-    _check_shapes(
-      shapes_of(memory),
-      shapes[layout],
-      'state must be of the same transformation and of parameters like the updates',
-      'memory/{}',
-      'build the transformation as the state was made, or make a new state with init',
-    )
-
   def init(params):
     layout = layout_of(params)
     memory = init_memory(layout, params)
-    shapes[layout] = shapes_of(memory)  # an update has to trace no second one
+    shapes[layout] = _leaves.shapes(memory)  # an update has to trace no second one
     for observer in _leaves.observers[-1:]:
       observer.append(_leaves.Observed(layout, memory, interval))
     return FilterState(
       filter_count=jnp.zeros((), jnp.int32),
       skipped_updates=jnp.zeros((), jnp.int32),
-      measured={name: _vectors.block_zeros(layout) for name in measured},
+      measured={measured: _vectors.block_zeros(layout)},
       memory=memory,
     )
 
   def update(updates, state, params=None, *, history=None, **extra_args):
     check_state(FilterState, state)
     layout = layout_of(updates)
-    check(layout, updates, state.memory)
+    if layout not in shapes:  # not made here, or of updates in another dtype
+      memory = jax.eval_shape(lambda params: init_memory(layout, params), updates)
+      shapes[layout] = _leaves.shapes(memory)
+    _leaves.check_shapes(
+      state.memory,
+      shapes[layout],
+      'state must be of the same transformation and of parameters like the updates',
+      'memory/{}',
+      'build the transformation as the state was made, or make a new state with init',
+    )
     if history is not None:
       must = 'history must be a tree like the updates'
       remedy = 'make it from the gradients'
-      _check_shapes(shapes_of(history), shapes_of(updates), must, "'{}'", remedy)
+      _leaves.check_shapes(history, _leaves.shapes(updates), must, "'{}'", remedy)
     count, skipped = state.filter_count, state.skipped_updates
     if not layout.parts:
       return updates, state._replace(filter_count=increment(count))
@@ -119,12 +116,11 @@ def learned(
     memory = jax.lax.cond(finite, learner, keep, shown, state.memory, count, params)
     memory = _vectors.keep_replicated(memory)
     filtered, numbers = apply(layout, vector, memory, count)
-    numbers = jax.tree.map(lambda x: x.astype(jnp.float32), numbers)
     # What came of an update that is not finite is dropped, NaN and all: a state with a
     # NaN would never get rid of it.
     filtered, numbers, count, skipped = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old.astype(new.dtype)),
-      (filtered, numbers, increment(count), skipped),
+      (filtered, {measured: numbers.astype(jnp.float32)}, increment(count), skipped),
       (vector, state.measured, count, optax.safe_increment(skipped)),
     )
     numbers = _vectors.keep_replicated(numbers)
@@ -144,25 +140,6 @@ def check_state(kind: type, state: Any) -> None:
       f'state must be {article} {name}, got {type(state).__name__}; use the state that'
       ' init of the same transformation returned.'
     )
-
-
-def shapes_of(tree: Any) -> dict[str, Any]:
-  """The shapes of a tree's leaves by their paths, in boxes of Flax or not."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): jnp.shape(x)
-    for path, x in jax.tree_util.tree_leaves_with_path(_leaves.unbox(tree))
-  }
-
-
-def _check_shapes(
-  given: dict, wanted: dict, must: str, where: str, remedy: str
-) -> None:
-  """Raises unless two trees have the same shapes, naming the first that differ."""
-  for name in sorted(given.keys() | wanted.keys()):
-    old, new = given.get(name, 'nothing'), wanted.get(name, 'nothing')
-    if old != new:
-      at = where.format(name)
-      raise ValueError(f'{must}, got {old} for {at}, expected {new}; {remedy}.')
 
 
 def for_each_part(layout: Layout, make: Callable[..., Any], *vectors: Any) -> Any:

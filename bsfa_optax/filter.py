@@ -122,8 +122,7 @@ def bsfa(
     filtered = _base.filtered(f, layout, vector, found)
     if grafting:  # with alpha = 0, what is left of a block may be rounding alone
       filtered = _vectors.with_norm_of(layout, filtered, vector, rounding=1e3)
-    fraction = _base.dominant_fraction(layout, vector, found)
-    return filtered, {'dominant_fraction': fraction}
+    return filtered, _base.dominant_fraction(layout, vector, found)
 
   return _learned.learned(
     chosen.layout, chosen.init, chosen.learn, apply, 'dominant_fraction'

@@ -505,8 +505,7 @@ def state_format(state: optax.OptState) -> dict[str, Any]:
     'bfloat16[2,3,5]'
   """
   leaves = {}
-  for path, x in jax.tree_util.tree_leaves_with_path(state):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
+  for name, x in _leaves.named_leaves(state):
     if not hasattr(x, 'dtype'):
       raise TypeError(
         f'state must be a tree of arrays, got {x!r} for {name!r}; give what tx.init or'

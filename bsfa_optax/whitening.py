@@ -226,7 +226,7 @@ def scale_by_whitening(
       whitened.append(v)
     whitened = _vectors.with_norm_of(layout, whitened, vector)
     directions = [factors.directions.reshape(-1) for factors in memory]
-    return whitened, {'effective_directions': jnp.concatenate(directions)}
+    return whitened, jnp.concatenate(directions)
 
   return _learned.learned(
     layout_of, init, learn, apply, 'effective_directions', interval=interval
