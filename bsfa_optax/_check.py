@@ -120,9 +120,7 @@ def floating(name: str, value: Any) -> None:
 
 def transformation(name: str, value: Any) -> None:
   """Raises unless `value` has what an Optax transformation has."""
-  if not (
-    callable(getattr(value, 'init', 0)) and callable(getattr(value, 'update', 0))
-  ):
+  if not all(callable(getattr(value, name, None)) for name in ('init', 'update')):
     raise TypeError(
       f'{name} must be an optax.GradientTransformation, got {value!r}; call the'
       ' factory, as in optax.sgd(0.1).'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -117,7 +118,8 @@ def bsfa(
 
   def apply(layout, vector, memory, count):
     given = {'alpha': alpha, 'gamma': gamma, 'exponent': exponent}
-    f = _multipliers(*[_learned.value(name, x, count) for name, x in given.items()])
+    now = {name: _learned.value(name, x, count) for name, x in given.items()}
+    f = functools.partial(_multiplier, **now)
     found = chosen.decompose(layout, vector, memory)
     filtered = _base.filtered(f, layout, vector, found)
     if grafting:  # with alpha = 0, what is left of a block may be rounding alone
@@ -129,21 +131,19 @@ def bsfa(
   )
 
 
-def _multipliers(alpha: Any, gamma: Any, exponent: Any) -> Callable:
+def _multiplier(
+  variance: jax.Array, dominant: jax.Array, *, alpha: Any, gamma: Any, exponent: Any
+) -> jax.Array:
   """The f of `bsfa`."""
-
-  def f(variance, dominant):
-    a, g = (jnp.asarray(x, variance.dtype) for x in (alpha, gamma))
-    if exponent is None:
-      return jnp.where(dominant, a, g)
-    # What never varied is flatter than anything that did: it gets gamma.
-    present = variance > 0
-    power = jnp.asarray(exponent, variance.dtype)
-    graded = jnp.where(present, variance, 1) ** -power
-    limit = jnp.where(power > 0, g, 1)  # of x^(-p) as x -> 0
-    return jnp.clip(jnp.where(present, graded, limit), a, g)
-
-  return f
+  a, g = (jnp.asarray(x, variance.dtype) for x in (alpha, gamma))
+  if exponent is None:
+    return jnp.where(dominant, a, g)
+  # What never varied is flatter than anything that did: it gets gamma.
+  present = variance > 0
+  power = jnp.asarray(exponent, variance.dtype)
+  graded = jnp.where(present, variance, 1) ** -power
+  limit = jnp.where(power > 0, g, 1)  # of x^(-p) as x -> 0
+  return jnp.clip(jnp.where(present, graded, limit), a, g)
 
 
 def bsfa_adamw(

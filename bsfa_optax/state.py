@@ -254,19 +254,15 @@ def scalars(
       out[f'{start}/updates'] = count
       out[f'{start}/skipped_updates'] = int(one.skipped_updates)
       if own.interval is not None:
-        refreshes = (n for n in range(count, 0, -1) if _is_refresh(own.interval, n))
-        out[f'{start}/age'] = count - next(refreshes, 0)
+        is_refresh = lambda n, own=own: _learned.is_due(jnp.int32(n - 1), own.interval)
+        # Updates are numbered from 1.
+        out[f'{start}/age'] = count - next(filter(is_refresh, range(count, 0, -1)), 0)
       for name, values in one.measured.items():
         for block, value in zip(own.layout.names, values, strict=False):
           out[f'{start}/{block}/{name}'] = value
     return {name: float(value) for name, value in out.items()}
 
   return log
-
-
-def _is_refresh(interval: _learned.Interval, number: int) -> bool:
-  """Whether the update of this number, from 1, is one with a refresh."""
-  return bool(_learned.is_due(jnp.int32(number - 1), interval))
 
 
 def _filter_states(state: optax.OptState) -> list[_learned.FilterState]:
@@ -379,12 +375,11 @@ def abstract_state(
     >>> target.memory.basis['kernel'].rows
     ShapeDtypeStruct(shape=(2, 8, 4), dtype=bfloat16, sharding=NamedSharding(...))
   """
-  _check.transformation('tx', tx)
-  state = jax.eval_shape(tx.init, params)
+  own = state_shardings(tx, params, shardings)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    state,
-    state_shardings(tx, params, shardings),
+    jax.eval_shape(tx.init, params),
+    own,
   )
 
 

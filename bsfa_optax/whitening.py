@@ -318,8 +318,8 @@ def _turns(layout: Layout, block_size: int) -> list[list[int]]:
 
 
 def _unlearnt(part: Part, side: Side) -> jax.Array:
-  zeros, eye = jnp.zeros((side.size, side.size)), jnp.eye(side.size)
-  packed = _packed(zeros.astype(jnp.float32), eye.astype(jnp.float32))
+  """No covariance, and the identity for a root."""
+  packed = jnp.eye(side.size, side.size + 1, k=1, dtype=jnp.float32)
   return jnp.tile(packed, (*part.batch_shape, side.blocks, 1, 1))
 
 
@@ -332,8 +332,7 @@ def _relative(moment: jax.Array) -> jax.Array:
 def _regular(covariance: jax.Array, side: Side, ridge: Any) -> jax.Array:
   """The covariance in units of its mean variance, with the ridge."""
   mean = _trace(covariance) / side.length
-  eye = jnp.eye(side.size, dtype=covariance.dtype)
-  eye = eye.reshape((1,) * (covariance.ndim - 2) + eye.shape)
+  eye = jnp.broadcast_to(jnp.eye(side.size, dtype=covariance.dtype), covariance.shape)
   ridge = jnp.asarray(ridge, covariance.dtype)
   return covariance / jnp.where(mean > 0, mean, 1) + ridge * eye
 
@@ -426,8 +425,7 @@ def inverse_square_root(a: jax.Array) -> jax.Array:
     <https://arxiv.org/abs/2506.10935>`_, 2025
   """
   (g, h), ((c0, c1, c2), (d0, d1, d2, d3)) = INNER, OUTER
-  eye = jnp.eye(a.shape[-1], dtype=a.dtype)
-  eye = eye.reshape((1,) * (a.ndim - 2) + eye.shape)
+  eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
   square = jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST)
   # The fourth root of the sum of all eigenvalues' fourth powers: at least the greatest.
   bound = jnp.sqrt(jnp.linalg.norm(square, axis=(-2, -1), keepdims=True))

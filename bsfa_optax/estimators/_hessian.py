@@ -148,8 +148,9 @@ def hessian_lanczos(
   names = ('value_fn',) if curvature == 'hessian' else ('output_fn', 'loss_fn')
   matrix = getattr(_curvature, curvature)
 
-  def layout_of(params):
-    return _leaves.layout(params, leaves=leaves, labels=labels, batch_axes=batch_axes)
+  layout_of = functools.partial(
+    _leaves.layout, leaves=leaves, labels=labels, batch_axes=batch_axes
+  )
 
   def init(layout, params):
     return HessianState(

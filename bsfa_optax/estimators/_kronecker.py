@@ -212,8 +212,7 @@ def _decayed(decay: float, spectrum: jax.Array, moment: jax.Array) -> jax.Array:
   # Of unit trace: a large update, as early in training, counts no more than another.
   norm = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None]
   moment = (moment / jnp.where(norm > 0, norm, 1)).astype(jnp.float32)
-  n = spectrum.shape[-1]
-  eye = jnp.eye(n, dtype=spectrum.dtype).reshape((1,) * (spectrum.ndim - 1) + (n, n))
+  eye = jnp.broadcast_to(jnp.eye(moment.shape[-1], dtype=moment.dtype), moment.shape)
   return decay * spectrum[..., None] * eye + (1 - decay) * moment
 
 

@@ -147,10 +147,13 @@ def pca(
     solver = _svd.cheaper_solver(rank, history + (rank if decay > 0 else 0))
   first_refresh = refresh_every * math.ceil(max(history, rank) / refresh_every)
 
-  def layout_of(params):
-    return _leaves.layout(
-      params, leaves=leaves, labels=labels, batch_axes=batch_axes, axis_name=axis_name
-    )
+  layout_of = functools.partial(
+    _leaves.layout,
+    leaves=leaves,
+    labels=labels,
+    batch_axes=batch_axes,
+    axis_name=axis_name,
+  )
 
   def init(layout, params):
     zeros = functools.partial(_vectors.block_zeros, layout, dtype=layout.dtype)
@@ -177,51 +180,36 @@ def pca(
     due = is_due(count, refresh_every)
     if decay == 0:
       due &= count >= first_refresh - 1
-    refresh = functools.partial(
-      _refresh, layout, decay=decay, solver=solver, first=first_refresh
+    return jax.lax.cond(
+      due, functools.partial(refresh, layout), keep, vector, memory, count
     )
-    return jax.lax.cond(due, refresh, keep, vector, memory, count)
+
+  def refresh(layout, vector, memory, count):
+    del vector  # it is in the history
+    past, weights = _weights(memory, decay)
+    samples, old = jax.tree.leaves(memory.history), jax.tree.leaves(memory.basis)
+    # The matrix A of the docstring, and the sum of squares, in which directions that
+    # were dropped earlier still count.
+    total = (weights * memory.squared_norms).sum(1)
+    if past is None:
+      a = _svd.Rows(layout, (samples,), jnp.sqrt(weights))
+    else:
+      squares = jnp.concatenate([past[:, None] * memory.variance, weights], 1)
+      a = _svd.Rows(layout, (old, samples), jnp.sqrt(squares))
+      total += past * memory.total_variance
+    if solver == 'gram':
+      variance, basis = _svd.gram_svd(a, rank)
+    else:
+      key = jax.random.fold_in(jax.random.key(0), count)
+      variance, basis = _svd.randomized_svd(a, rank, old, key)
+    return memory._replace(
+      basis=_like(memory.basis, basis),
+      variance=variance,
+      total_variance=jnp.maximum(total, variance.sum(1)),
+      is_complete=count >= first_refresh - 1,  # count + 1 may overflow
+    )
 
   return Estimator(layout_of, init, learn, _decompose)
-
-
-def _refresh(
-  layout: Layout,
-  vector: Vector,
-  memory: PCAState,
-  count: jax.Array,
-  *,
-  decay: float,
-  solver: str,
-  first: int,
-) -> PCAState:
-  """The memory with new directions; it is complete from the update `first` on.
-
-  The vector is in the history already.
-  """
-  past, weights = _weights(memory, decay)
-  samples, old = jax.tree.leaves(memory.history), jax.tree.leaves(memory.basis)
-  rank = memory.variance.shape[1]
-  # The matrix A of the docstring, and the sum of squares, in which directions that were
-  # dropped earlier still count.
-  total = (weights * memory.squared_norms).sum(1)
-  if past is None:
-    a = _svd.Rows(layout, (samples,), jnp.sqrt(weights))
-  else:
-    squares = jnp.concatenate([past[:, None] * memory.variance, weights], 1)
-    a = _svd.Rows(layout, (old, samples), jnp.sqrt(squares))
-    total += past * memory.total_variance
-  if solver == 'gram':
-    variance, basis = _svd.gram_svd(a, rank)
-  else:
-    key = jax.random.fold_in(jax.random.key(0), count)
-    variance, basis = _svd.randomized_svd(a, rank, old, key)
-  return memory._replace(
-    basis=_like(memory.basis, basis),
-    variance=variance,
-    total_variance=jnp.maximum(total, variance.sum(1)),
-    is_complete=count >= first - 1,  # count + 1 may overflow
-  )
 
 
 def _decompose(layout: Layout, vector: Vector, memory: PCAState) -> Decomposition:
