@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from bsfa_optax import _check, _learned, _leaves, _vectors
-from bsfa_optax._vectors import Layout, Part
+from bsfa_optax._vectors import Part
 
 
 class WhiteningFactors(NamedTuple):
@@ -171,19 +171,13 @@ def scale_by_whitening(
 
   def init(layout, params):
     del params
-    return _learned.for_each_part(
-      layout,
-      lambda part: WhiteningFactors(
-        tuple(_unlearnt(part, side) for side in _sides(part, block_size)),
-        jnp.zeros(part.batch_shape, jnp.float32),
-      ),
-    )
+    return _learned.for_each_part(layout, lambda part: _unlearnt(part, block_size))
 
   def learn(layout, vector, memory, count, params, **extra_args):
     del params, extra_args
     e = _learned.value('ridge', ridge, count)
     memory = list(memory)
-    turns = _turns(layout, block_size)
+    turns = _turns(memory)
     for turn, members in enumerate(turns):
       parts = tuple(layout.parts[i] for i in members)
       # No step pays for all: each group of parts has its own within an interval.
@@ -200,15 +194,15 @@ def scale_by_whitening(
 
   def refresh(layout, e, vector, memory):
     packed = [factors.packed for factors in memory]
-    moments = layout.map(functools.partial(_moments, block_size), vector)
+    moments = layout.map(_moments, vector, packed)
     news = jax.tree.map(
       lambda packed, x: decay * _covariance(packed) + (1 - decay) * _relative(x),
       packed,
       layout.sum_over_shards(moments),
     )
-    sides = [side for part in layout.parts for side in _sides(part, block_size)]
+    lengths = [part.shape[axis] for part in layout.parts for axis in _sides(part)]
     covariances, structure = jax.tree.flatten(news)
-    regular = [_regular(c, s, e) for c, s in zip(covariances, sides, strict=True)]
+    regular = [_regular(c, n, e) for c, n in zip(covariances, lengths, strict=True)]
     # All sides of one size are one batch.
     roots = _vectors.by_size(inverse_square_root, regular, distribute_over)
     renewed = map(_renewed, jax.tree.leaves(packed), covariances, roots)
@@ -221,8 +215,8 @@ def scale_by_whitening(
     del count
     whitened = []
     for part, v, factors in zip(layout.parts, vector, memory, strict=True):
-      for side, packed in zip(_sides(part, block_size), factors.packed, strict=True):
-        v = _multiplied(v, _root(packed), side, part)
+      for axis, packed in zip(_sides(part), factors.packed, strict=True):
+        v = _multiplied(v, _root(packed), axis, part)
       whitened.append(v)
     whitened = _vectors.with_norm_of(layout, whitened, vector)
     directions = [factors.directions.reshape(-1) for factors in memory]
@@ -274,40 +268,32 @@ def muon_dimension_numbers(
 # A part and its sides.
 
 
-class Side(NamedTuple):
-  """An axis with a covariance, cut into equal diagonal blocks."""
-
-  axis: int
-  length: int
-  blocks: int
-
-  @property
-  def size(self) -> int:
-    """Entries of a block; the last one may be filled up with zeros."""
-    return -(-self.length // self.blocks)
-
-
-def _sides(part: Part, block_size: int) -> tuple[Side, ...]:
+def _sides(part: Part) -> tuple[int, ...]:
   """The two longest of the axes that may have a covariance."""
   fit = sorted((a for a in part.axes if part.shape[a] > 1), key=part.shape.__getitem__)
-  fit = fit[-2:]
+  return tuple(sorted(fit[-2:]))
 
-  def side(axis):
-    length, others = part.shape[axis], [part.shape[a] for a in fit if a != axis]
+
+def _unlearnt(part: Part, block_size: int) -> WhiteningFactors:
+  """No covariance, and the identity for each root."""
+  sides = _sides(part)
+
+  def packed(axis):
+    length, others = part.shape[axis], [part.shape[a] for a in sides if a != axis]
     whole = length <= block_size
-    return Side(axis, length, 1 if whole else -(-length // min([block_size, *others])))
+    blocks = 1 if whole else -(-length // min([block_size, *others]))
+    size = -(-length // blocks)  # the last block may be filled up with zeros
+    root = jnp.eye(size, size + 1, k=1, dtype=jnp.float32)
+    return jnp.tile(root, (*part.batch_shape, blocks, 1, 1))
 
-  return tuple(map(side, sorted(fit)))
+  directions = jnp.zeros(part.batch_shape, jnp.float32)
+  return WhiteningFactors(tuple(map(packed, sides)), directions)
 
 
-def _turns(layout: Layout, block_size: int) -> list[list[int]]:
+def _turns(memory: Sequence[WhiteningFactors]) -> list[list[int]]:
   """The parts, by position, in at most five groups of about the same work."""
-
-  costs = [
-    math.prod(part.batch_shape)
-    * sum(side.blocks * side.size**3 for side in _sides(part, block_size))
-    for part in layout.parts
-  ]
+  shapes = [[packed.shape for packed in factors.packed] for factors in memory]
+  costs = [sum(math.prod(s[:-1]) * s[-2] ** 2 for s in own) for own in shapes]
   turns: list[list[int]] = [[] for _ in range(min(5, len(costs)))]
   totals = [0] * len(turns)
   for i in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
@@ -317,22 +303,17 @@ def _turns(layout: Layout, block_size: int) -> list[list[int]]:
   return turns
 
 
-def _unlearnt(part: Part, side: Side) -> jax.Array:
-  """No covariance, and the identity for a root."""
-  packed = jnp.eye(side.size, side.size + 1, k=1, dtype=jnp.float32)
-  return jnp.tile(packed, (*part.batch_shape, side.blocks, 1, 1))
-
-
 def _relative(moment: jax.Array) -> jax.Array:
   """A second moment over its trace, `(*batch, blocks, n, n)`."""
   trace = _trace(moment)
   return (moment / jnp.where(trace > 0, trace, 1)).astype(jnp.float32)
 
 
-def _regular(covariance: jax.Array, side: Side, ridge: Any) -> jax.Array:
-  """The covariance in units of its mean variance, with the ridge."""
-  mean = _trace(covariance) / side.length
-  eye = jnp.broadcast_to(jnp.eye(side.size, dtype=covariance.dtype), covariance.shape)
+def _regular(covariance: jax.Array, length: int, ridge: Any) -> jax.Array:
+  """The covariance of an axis in units of its mean variance, with the ridge."""
+  mean = _trace(covariance) / length
+  eye = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)
+  eye = jnp.broadcast_to(eye, covariance.shape)
   ridge = jnp.asarray(ridge, covariance.dtype)
   return covariance / jnp.where(mean > 0, mean, 1) + ridge * eye
 
@@ -356,37 +337,41 @@ def _trace(x: jax.Array) -> jax.Array:
 
 
 def _in_blocks(
-  x: jax.Array, side: Side, part: Part
+  x: jax.Array, axis: int, blocks: int, part: Part
 ) -> tuple[jax.Array, int, tuple[int, ...]]:
-  """Cuts the side's axis in two: blocks, which are one more batch axis, and entries.
+  """Cuts an axis in two: blocks, which are one more batch axis, and their entries.
 
   Returns:
     The array, the axis of the entries, and the batch axes.
   """
-  if side.blocks > 1:  # an explicit mesh reshapes no axis that is split over it
-    x = _vectors.whole(x, side.axis)
-  missing = side.blocks * side.size - side.length
+  if blocks > 1:  # an explicit mesh reshapes no axis that is split over it
+    x = _vectors.whole(x, axis)
+  size = -(-x.shape[axis] // blocks)
+  missing = blocks * size - x.shape[axis]
   if missing:
-    x = jnp.pad(x, [(0, missing * (a == side.axis)) for a in range(x.ndim)])
-  shape = (*x.shape[: side.axis], side.blocks, side.size, *x.shape[side.axis + 1 :])
-  batch_axes = tuple(axis + (axis > side.axis) for axis in part.batch_axes)
-  return x.reshape(shape), side.axis + 1, (*batch_axes, side.axis)
+    x = jnp.pad(x, [(0, missing * (a == axis)) for a in range(x.ndim)])
+  batch_axes = tuple(a + (a > axis) for a in part.batch_axes)
+  cut = x.reshape((*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]))
+  return cut, axis + 1, (*batch_axes, axis)
 
 
-def _moments(block_size: int, part: Part, x: jax.Array) -> tuple[jax.Array, ...]:
+def _moments(
+  part: Part, x: jax.Array, packed: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
   """Sums of outer products of the fibres along each side, `(*batch, blocks, n, n)`."""
-  cuts = [_in_blocks(x, side, part) for side in _sides(part, block_size)]
+  sides = zip(_sides(part), packed, strict=True)
+  cuts = [_in_blocks(x, axis, old.shape[-3], part) for axis, old in sides]
   # At full precision: its rounding is the floor of the root's error.
   return tuple(_vectors.second_moment(*cut) for cut in cuts)
 
 
-def _multiplied(x: jax.Array, root: jax.Array, side: Side, part: Part) -> jax.Array:
+def _multiplied(x: jax.Array, root: jax.Array, axis: int, part: Part) -> jax.Array:
   """The product of each block of a side with its root, in the shape of `x`."""
-  cut, axis, batch_axes = _in_blocks(x, side, part)
-  whitened = _vectors.multiply(cut, root, axis, batch_axes, precision=None)
-  merged = whitened.reshape((*x.shape[: side.axis], -1, *x.shape[side.axis + 1 :]))
-  merged = jax.lax.slice_in_dim(merged, 0, side.length, axis=side.axis)
-  return _vectors.like(merged, x)
+  cut, entries, batch_axes = _in_blocks(x, axis, root.shape[-3], part)
+  cut = _vectors.multiply(cut, root, entries, batch_axes, precision=None)
+  whitened = cut.reshape((*x.shape[:axis], -1, *x.shape[axis + 1 :]))
+  whitened = jax.lax.slice_in_dim(whitened, 0, x.shape[axis], axis=axis)
+  return _vectors.like(whitened, x)
 
 
 # From scripts/root_coefficients.py --condition 400: at most 28 % from the root for
