@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from bsfa_optax import _check, _learned, _leaves, _vectors
-from bsfa_optax._learned import FilterState
-from bsfa_optax.estimators import _base, kronecker
-from bsfa_optax.estimators._base import Estimator
+from bsfa_optax._learned import Estimator, FilterState
+from bsfa_optax.estimators import kronecker
 from bsfa_optax.whitening import scale_by_whitening
 
 
@@ -114,17 +113,17 @@ def bsfa(
         f' gamma={gamma!r}; set exponent=None for the two-level filter.'
       )
   chosen = kronecker() if estimator is None else estimator
-  _base.check_estimator(chosen)
+  _learned.check_estimator(chosen)
 
   def apply(layout, vector, memory, count):
     given = {'alpha': alpha, 'gamma': gamma, 'exponent': exponent}
     now = {name: _learned.value(name, x, count) for name, x in given.items()}
     f = functools.partial(_multiplier, **now)
     found = chosen.decompose(layout, vector, memory)
-    filtered = _base.filtered(f, layout, vector, found)
+    filtered = _learned.filtered(f, layout, vector, found)
     if grafting:  # with alpha = 0, what is left of a block may be rounding alone
       filtered = _vectors.with_norm_of(layout, filtered, vector, rounding=1e3)
-    return filtered, _base.dominant_fraction(layout, vector, found)
+    return filtered, _learned.dominant_fraction(layout, vector, found)
 
   return _learned.learned(
     chosen.layout, chosen.init, chosen.learn, apply, 'dominant_fraction'
@@ -583,7 +582,7 @@ def split_by_subspace(
     Reducing State Overhead for Scalable Training
     <https://arxiv.org/abs/2411.07837>`_, 2024
   """
-  _base.check_estimator(estimator)
+  _learned.check_estimator(estimator)
   _check.transformation('dominant', dominant)
   _check.transformation('bulk', bulk)
   inside, outside = map(optax.with_extra_args_support, (dominant, bulk))

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from bsfa_optax import _check, _curvature, _leaves, _vectors
-from bsfa_optax._learned import is_due, keep
+from bsfa_optax._learned import Decomposition, Estimator, from_rows, is_due, keep
 from bsfa_optax._vectors import Layout, Vector
-from bsfa_optax.estimators._base import Decomposition, Estimator, from_rows
 
 
 class HessianState(NamedTuple):

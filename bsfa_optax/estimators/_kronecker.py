@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bsfa_optax import _check, _leaves, _linalg, _vectors
-from bsfa_optax._learned import for_each_part, growing, Interval, is_due, keep
+from bsfa_optax import _check, _learned, _leaves, _linalg, _vectors
 from bsfa_optax._vectors import Part
-from bsfa_optax.estimators._base import Estimator, from_axes
 
 
 class KroneckerFactors(NamedTuple):
@@ -33,7 +31,7 @@ class KroneckerFactors(NamedTuple):
 def kronecker(
   *,
   decay: float = 0.9,
-  refresh_every: Interval | None = None,
+  refresh_every: _learned.Interval | None = None,
   max_size: int = 2048,
   max_ratio: float = 4.0,
   storage_dtype: Any = jnp.float32,
@@ -41,7 +39,7 @@ def kronecker(
   axes: _leaves.Axes = None,
   batch_axes: _leaves.Axes = None,
   axis_name: str | Sequence[str] | None = None,
-) -> Estimator:
+) -> _learned.Estimator:
   r"""Principal components with a Kronecker-factored covariance of the updates.
 
   For a matrix block with updates :math:`G` the covariance is taken as
@@ -121,7 +119,7 @@ def kronecker(
     <https://arxiv.org/abs/2409.11321>`_, 2024
   """
   _check.in_range('decay', decay, 0.0, 1.0)
-  interval = growing(50) if refresh_every is None else refresh_every
+  interval = _learned.growing(50) if refresh_every is None else refresh_every
   _check.interval('refresh_every', interval)
   _check.positive_int('max_size', max_size)
   _check.positive('max_ratio', max_ratio)
@@ -148,7 +146,7 @@ def kronecker(
         tuple(jnp.zeros((*batch, n), jnp.float32) for n in sizes),
       )
 
-    return for_each_part(layout, factors, factored(layout))
+    return _learned.for_each_part(layout, factors, factored(layout))
 
   def learn(layout, vector, memory, count, params, **extra_args):
     own = factored(layout)
@@ -166,15 +164,17 @@ def kronecker(
       turns = jax.tree.unflatten(structure, [rows for _, rows in turned])
       return tuple(map(KroneckerFactors, jax.tree.map(_turned, bases, turns), values))
 
-    return jax.lax.cond(is_due(count, interval), refresh, keep, vector, memory)
+    due = _learned.is_due(count, interval)
+    return jax.lax.cond(due, refresh, _learned.keep, vector, memory)
 
   def decompose(layout, vector, memory):
     own = factored(layout)
     variance = layout.map(_relative_variance, memory, own)
     bases = [old.basis for old in memory]
-    return from_axes(layout, vector, bases, own, variance, [x > 1 for x in variance])
+    dominant = [x > 1 for x in variance]
+    return _learned.from_axes(layout, vector, bases, own, variance, dominant)
 
-  return Estimator(layout_of, init, learn, decompose)
+  return _learned.Estimator(layout_of, init, learn, decompose)
 
 
 def _factored_axes(part: Part, max_size: int, max_ratio: float) -> tuple[int, ...]:
