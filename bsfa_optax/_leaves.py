@@ -344,12 +344,18 @@ def check_shapes(
   tree: Any, wanted: dict[str, Any], must: str, where: str, remedy: str
 ) -> None:
   """Raises unless a tree's leaves have these shapes, naming the first that differ."""
-  given = shapes(tree)
-  for name in sorted(given.keys() | wanted.keys()):
-    old, new = given.get(name, 'nothing'), wanted.get(name, 'nothing')
-    if old != new:
-      at = where.format(name)
-      raise ValueError(f'{must}, got {old} for {at}, expected {new}; {remedy}.')
+  for name, old, new in differences(shapes(tree), wanted):
+    at = where.format(name)
+    raise ValueError(f'{must}, got {old} for {at}, expected {new}; {remedy}.')
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+  """The names for which two dictionaries do not have the same, with what they have."""
+  pairs = [
+    (name, old.get(name, 'nothing'), new.get(name, 'nothing'))
+    for name in sorted(old.keys() | new.keys())
+  ]
+  return [(name, a, b) for name, a, b in pairs if a != b]
 
 
 def is_box(node: Any) -> bool:

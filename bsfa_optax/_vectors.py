@@ -124,20 +124,15 @@ class Layout:
         leaves[leaf.position] = like(row.astype(old.dtype), old)
     return jax.tree.unflatten(structure, leaves)
 
-  def gather(self, values: Sequence[jax.Array], trailing: int = 0) -> jax.Array:
-    """Sums `(*batch, ...)` values within each block into `(count, ...)`.
-
-    Args:
-      values: an array for each part, its batch axes first.
-      trailing: number of axes behind the batch axes.
-    """
+  def gather(self, values: Sequence[jax.Array]) -> jax.Array:
+    """Sums `(*batch, ...)` values within each block into `(count, ...)`."""
     dtype = np.result_type(*[x.dtype for x in values])
     # In one dtype, for one all-reduce; small numbers, unlike the parts themselves.
     values = self.sum_over_shards([x.astype(dtype) for x in values])
     found = []
     for block in self.blocks:
       total = functools.reduce(jnp.add, [values[i] for i in block.parts])
-      found.append(total.reshape((-1, *total.shape[total.ndim - trailing :])))
+      found.append(total.reshape((-1, *total.shape[len(block.batch_shape) :])))
     return jnp.concatenate(found)
 
   def scatter(self, values: jax.Array) -> Vector:
@@ -419,7 +414,7 @@ def inner(layout: Layout, a: Vector, b: Vector) -> jax.Array:
     by_rows = functools.partial(_by_rows, axes=part.inner_axes)
     return lax.platform_dependent(x, y, cpu=by_rows, default=contract)
 
-  return layout.gather(layout.map(products, a, b), 2)
+  return layout.gather(layout.map(products, a, b))
 
 
 def mix(layout: Layout, weights: jax.Array, stacks: Vector) -> Vector:

@@ -546,12 +546,8 @@ def check_state_format(saved: dict[str, Any], state: optax.OptState) -> None:
       f' this bsfa_optax reads version {VERSION}; restore it with the release that'
       ' wrote it, or restore the parameters alone and initialise the optimizer anew.'
     )
-  old, new = saved['leaves'], state_format(state)['leaves']
-  differences = [
-    f'  {name}: saved {old.get(name, "nothing")}, expected {new.get(name, "nothing")}'
-    for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name)
-  ]
+  found = _leaves.differences(saved['leaves'], state_format(state)['leaves'])
+  differences = [f'  {name}: saved {a}, expected {b}' for name, a, b in found]
   if differences:
     raise ValueError(
       'the checkpoint is of an optimizer with other options (rank, history, dtypes,'

@@ -170,11 +170,9 @@ def scale_by_whitening(
   )
 
   def init(layout, params):
-    del params
     return _learned.for_each_part(layout, lambda part: _unlearnt(part, block_size))
 
   def learn(layout, vector, memory, count, params, **extra_args):
-    del params, extra_args
     e = _learned.value('ridge', ridge, count)
     memory = list(memory)
     turns = _turns(memory)
@@ -212,7 +210,6 @@ def scale_by_whitening(
     return [*map(WhiteningFactors, renewed, directions)]
 
   def apply(layout, vector, memory, count):
-    del count
     whitened = []
     for part, v, factors in zip(layout.parts, vector, memory, strict=True):
       for axis, packed in zip(_sides(part), factors.packed, strict=True):

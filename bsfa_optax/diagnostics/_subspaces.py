@@ -307,4 +307,4 @@ def stack_norms(layout: Layout, stacks: Vector) -> jax.Array:
     energy = _vectors.energy(x, tuple(1 + axis for axis in part.inner_axes))
     return jnp.moveaxis(energy, 0, -1)
 
-  return layout.gather(layout.map(norms, stacks), 1)
+  return layout.gather(layout.map(norms, stacks))

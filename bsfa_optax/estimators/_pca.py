@@ -184,7 +184,7 @@ def pca(
     )
 
   def refresh(layout, vector, memory, count):
-    del vector  # it is in the history
+    # The vector is in the history already.
     past, weights = _weights(memory, decay)
     samples, old = jax.tree.leaves(memory.history), jax.tree.leaves(memory.basis)
     # The matrix A of the docstring, and the sum of squares, in which directions that
