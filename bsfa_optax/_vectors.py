@@ -343,7 +343,8 @@ def multiply(
 ) -> jax.Array:
   """The fibres of `x` along an axis times a matrix, `(*batch, n, n)`, or its transpose.
 
-  Of the shape and sharding of `x`, in the accumulators' dtype.
+  Of the shape and sharding of `x`, in the accumulators' dtype. The platform's own
+  precision is None.
   """
   x = x.astype(accumulator(x.dtype))
   letters, batch = _letters(x.ndim, batch_axes)

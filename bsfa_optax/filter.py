@@ -208,8 +208,8 @@ def bsfa_adamw(
     Loshchilov and Hutter, `Decoupled Weight Decay Regularization
     <https://arxiv.org/abs/1711.05101>`_, 2019
   """
-  _check.in_range('b1', b1, 0.0, 1.0)
-  _check.in_range('b2', b2, 0.0, 1.0)
+  _check.fraction('b1', b1)
+  _check.fraction('b2', b2)
   _check.multiplier('eps', eps)
   _check.multiplier('eps_root', eps_root)
   _check.floating('mu_dtype', mu_dtype)
@@ -273,7 +273,7 @@ def bsfa_adafactor(
     Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
     <https://arxiv.org/abs/1804.04235>`_, 2018
   """
-  _check.in_range('b1', b1, 0.0, 1.0)
+  _check.fraction('b1', b1)
   _check.multiplier('decay_rate', decay_rate)
   _check.positive_scalar('clipping_threshold', clipping_threshold)
   _check.positive_int('min_dim_size_to_factor', min_dim_size_to_factor)
@@ -479,13 +479,13 @@ def interpolated(
     Directions <https://arxiv.org/abs/2505.11972>`_, 2025
   """
   _check.transformation('base_optimizer', base_optimizer)
-  _check.in_range('threshold', threshold, 0.0, 1.0)
-  _check.in_range('decay', decay, 0.0, 1.0)
+  _check.fraction('threshold', threshold)
+  _check.fraction('decay', decay)
   chosen = kronecker() if estimator is None else estimator
-  filter_ = bsfa(alpha, gamma, estimator=chosen)
+  filter_: Any = bsfa(alpha, gamma, estimator=chosen)
 
   def init(params):
-    state: Any = filter_.init(params)
+    state = filter_.init(params)
     fraction = state.measured['dominant_fraction']
     return InterpolatedState(
       jnp.zeros_like(fraction), jnp.zeros_like(fraction, bool), state
@@ -493,7 +493,6 @@ def interpolated(
 
   def update(updates, state, params=None, **extra_args):
     _learned.check_state(InterpolatedState, state)
-    inner: Any
     filtered, inner = filter_.update(updates, state.filter_state, params, **extra_args)
     fraction = inner.measured['dominant_fraction']
     average = decay * state.average_fraction + (1 - decay) * fraction
@@ -588,14 +587,13 @@ def split_by_subspace(
   inside, outside = map(optax.with_extra_args_support, (dominant, bulk))
 
   # Bulk-SGD's filter leaves the bulk; what it takes away is dominant.
-  projector = bsfa(0.0, 1.0, estimator=estimator)
+  projector: Any = bsfa(0.0, 1.0, estimator=estimator)
 
   def init(params):
     return SplitState(projector.init(params), inside.init(params), outside.init(params))
 
   def update(updates, state, params=None, **extra_args):
     _learned.check_state(SplitState, state)
-    projector_state: Any
     rest, projector_state = projector.update(
       updates, state.projector_state, params, **extra_args
     )

@@ -155,7 +155,7 @@ def scale_by_whitening(
     Neural Network Training <https://arxiv.org/abs/2510.25244>`_, 2025
   """
   _check.positive_scalar('ridge', ridge)
-  _check.in_range('decay', decay, 0.0, 1.0)
+  _check.fraction('decay', decay)
   interval = _learned.growing(100) if refresh_every is None else refresh_every
   _check.interval('refresh_every', interval)
   _check.positive_int('block_size', block_size)

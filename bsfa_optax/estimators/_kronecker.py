@@ -118,7 +118,7 @@ def kronecker(
     Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
     <https://arxiv.org/abs/2409.11321>`_, 2024
   """
-  _check.in_range('decay', decay, 0.0, 1.0)
+  _check.fraction('decay', decay)
   interval = _learned.growing(50) if refresh_every is None else refresh_every
   _check.interval('refresh_every', interval)
   _check.positive_int('max_size', max_size)

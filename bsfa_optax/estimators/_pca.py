@@ -125,7 +125,7 @@ def pca(
   """
   _check.positive_int('rank', rank)
   _check.positive_int('history', history)
-  _check.in_range('decay', decay, 0.0, 1.0)
+  _check.fraction('decay', decay)
   if refresh_every is None:
     refresh_every = history
   _check.positive_int('refresh_every', refresh_every)
