@@ -178,10 +178,11 @@ def scale_by_whitening(
     turns = _turns(memory)
     for turn, members in enumerate(turns):
       parts = tuple(layout.parts[i] for i in members)
+      own = dataclasses.replace(layout, parts=parts, blocks=())
       # No step pays for all: each group of parts has its own within an interval.
       news = jax.lax.cond(
         _learned.is_due(count, interval, turn / len(turns)),
-        functools.partial(refresh, dataclasses.replace(layout, parts=parts), e),
+        functools.partial(refresh, own, e),
         _learned.keep,
         [vector[i] for i in members],
         [memory[i] for i in members],
