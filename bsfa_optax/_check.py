@@ -36,12 +36,12 @@ def interval(name: str, value: Any) -> None:
     positive_int(name, value)
 
 
-def in_range(name: str, value: Any, low: float, high: float) -> None:
-  """Raises unless `value` is a number in [low, high); arrays are injected options."""
+def fraction(name: str, value: Any) -> None:
+  """Raises unless `value` is a number in [0, 1); arrays are injected options."""
   if isinstance(value, (jax.Array, np.ndarray)):
     return
-  if not _is_number(value) or not low <= value < high:
-    raise ValueError(f'{name} must be in [{low}, {high}), got {value!r}.')
+  if not _is_number(value) or not 0 <= value < 1:
+    raise ValueError(f'{name} must be in [0.0, 1.0), got {value!r}.')
 
 
 def multiplier(name: str, value: Any) -> None:
@@ -120,9 +120,7 @@ def floating(name: str, value: Any) -> None:
 
 def transformation(name: str, value: Any) -> None:
   """Raises unless `value` has what an Optax transformation has."""
-  if not (
-    callable(getattr(value, 'init', 0)) and callable(getattr(value, 'update', 0))
-  ):
+  if not all(callable(getattr(value, name, None)) for name in ('init', 'update')):
     raise TypeError(
       f'{name} must be an optax.GradientTransformation, got {value!r}; call the'
       ' factory, as in optax.sgd(0.1).'

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+import functools
 from itertools import product
 import math
 import re
@@ -140,9 +141,8 @@ def layout(
       that is none, or labels that are no strings.
   """
   tree = unbox(params)
-  flat = jax.tree_util.tree_leaves_with_path(tree)
-  names = [jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in flat]
-  arrays = [x for _, x in flat]
+  names = [name for name, _ in named_leaves(tree)]
+  arrays = jax.tree.leaves(tree)
   specs = broadcast(batch_axes, tree, is_axes, 'batch_axes')
   batch = [
     _resolved(*each, 'batch_axes') or ()
@@ -297,8 +297,8 @@ def _factored(
 
 def check_arrays(params: Any) -> None:
   """Raises a TypeError with a remedy if a leaf is neither an array nor a number."""
-  for path, x in jax.tree_util.tree_leaves_with_path(unbox(params)):
-    _dtype(jax.tree_util.keystr(path, simple=True, separator='/'), x, filtered=False)
+  for name, x in named_leaves(unbox(params)):
+    _dtype(name, x, filtered=False)
 
 
 def _dtype(name: str, x: Any, filtered: bool) -> Any:
@@ -326,6 +326,36 @@ def _names(axis_name: Any) -> tuple[str, ...]:
       f'axis_name must be a name of a mesh axis or a tuple of names, got {axis_name!r}.'
     )
   return tuple(names)
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+  """The leaves of a tree with their paths, such as ``'layers/0/kernel'``."""
+  found = jax.tree_util.tree_leaves_with_path(tree)
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
+  return [(name(path), x) for path, x in found]
+
+
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """The shapes of a tree's leaves by their paths, in boxes of Flax or not."""
+  return {name: jnp.shape(x) for name, x in named_leaves(unbox(tree))}
+
+
+def check_shapes(
+  tree: Any, wanted: dict[str, Any], must: str, where: str, remedy: str
+) -> None:
+  """Raises unless a tree's leaves have these shapes, naming the first that differ."""
+  for name, old, new in differences(shapes(tree), wanted):
+    at = where.format(name)
+    raise ValueError(f'{must}, got {old} for {at}, expected {new}; {remedy}.')
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+  """The names for which two dictionaries do not have the same, with what they have."""
+  pairs = [
+    (name, old.get(name, 'nothing'), new.get(name, 'nothing'))
+    for name in sorted(old.keys() | new.keys())
+  ]
+  return [(name, a, b) for name, a, b in pairs if a != b]
 
 
 def is_box(node: Any) -> bool:
@@ -359,21 +389,16 @@ def broadcast(spec: Any, tree: Any, is_leaf: Callable, option: str) -> list[Any]
     return []
   if callable(spec):
     spec = spec(tree)
-  out: list[Any] = []
+  structure: Any = jax.tree.structure(tree)
   try:
-    jax.tree.map(
-      lambda s, sub: out.extend([s] * len(jax.tree.leaves(sub))),
-      spec,
-      tree,
-      is_leaf=is_leaf,
-    )
+    full = jax.tree.broadcast(spec, tree, is_leaf=is_leaf)
   except (ValueError, TypeError, KeyError) as e:
     raise ValueError(
       f'{option} must be a tree with the structure of the parameters (or a prefix'
       f' of it), got {jax.tree.structure(spec, is_leaf=is_leaf)} for parameters'
-      f' {jax.tree.structure(tree)}; pass a function of the parameters to build it.'
+      f' {structure}; pass a function of the parameters to build it.'
     ) from e
-  return out
+  return structure.flatten_up_to(full)
 
 
 def zeros(params: Any, layout: Layout, rows: int, dtype: Any = None) -> Any:

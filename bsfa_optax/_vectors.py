@@ -100,11 +100,6 @@ class Layout:
     # Widened one by one: NumPy has no dtype for bfloat16 and float16 together.
     return np.result_type(np.float32, *[accumulator(leaf.dtype) for leaf in leaves])
 
-  def only(self, members: Sequence[int]) -> Layout:
-    """The layout of some parts alone, without blocks."""
-    parts = tuple(self.parts[i] for i in members)
-    return dataclasses.replace(self, parts=parts, blocks=())
-
   def map(self, f: Callable[..., Any], *vectors: Sequence[Any]) -> list[Any]:
     """``f(part, x, ...)`` for each part and what the vectors have of it."""
     return [f(*each) for each in zip(self.parts, *vectors, strict=True)]
@@ -129,20 +124,15 @@ class Layout:
         leaves[leaf.position] = like(row.astype(old.dtype), old)
     return jax.tree.unflatten(structure, leaves)
 
-  def gather(self, values: Sequence[jax.Array], trailing: int = 0) -> jax.Array:
-    """Sums `(*batch, ...)` values within each block into `(count, ...)`.
-
-    Args:
-      values: an array for each part, its batch axes first.
-      trailing: number of axes behind the batch axes.
-    """
+  def gather(self, values: Sequence[jax.Array]) -> jax.Array:
+    """Sums `(*batch, ...)` values within each block into `(count, ...)`."""
     dtype = np.result_type(*[x.dtype for x in values])
     # In one dtype, for one all-reduce; small numbers, unlike the parts themselves.
     values = self.sum_over_shards([x.astype(dtype) for x in values])
     found = []
     for block in self.blocks:
       total = functools.reduce(jnp.add, [values[i] for i in block.parts])
-      found.append(total.reshape((-1, *total.shape[total.ndim - trailing :])))
+      found.append(total.reshape((-1, *total.shape[len(block.batch_shape) :])))
     return jnp.concatenate(found)
 
   def scatter(self, values: jax.Array) -> Vector:
@@ -342,6 +332,37 @@ def _letters(ndim: int, batch_axes: tuple[int, ...]) -> tuple[str, str]:
   return letters, ''.join(letters[axis] for axis in batch_axes)
 
 
+def multiply(
+  x: jax.Array,
+  matrix: jax.Array,
+  axis: int,
+  batch_axes: tuple[int, ...],
+  *,
+  inverse: bool = False,
+  precision: Any = lax.Precision.HIGHEST,
+) -> jax.Array:
+  """The fibres of `x` along an axis times a matrix, `(*batch, n, n)`, or its transpose.
+
+  Of the shape and sharding of `x`, in the accumulators' dtype. The platform's own
+  precision is None.
+  """
+  x = x.astype(accumulator(x.dtype))
+  letters, batch = _letters(x.ndim, batch_axes)
+  own, new = letters[axis], letters.replace(letters[axis], 'z')
+  subscripts = f'{letters},{batch}{f"z{own}" if inverse else f"{own}z"}->{new}'
+  return product(subscripts, x, matrix.astype(x.dtype), spec_of(x), precision)
+
+
+def second_moment(x: jax.Array, axis: int, batch_axes: tuple[int, ...]) -> jax.Array:
+  """Sum of outer products of the fibres of `x` along an axis, `(*batch, n, n)`."""
+  x = x.astype(accumulator(x.dtype))
+  letters, batch = _letters(x.ndim, batch_axes)
+  own, other = letters[axis], letters.replace(letters[axis], 'z')
+  split = [spec_of(x)[axis] for axis in batch_axes]
+  subscripts = f'{letters},{other}->{batch}{own}z'
+  return replicate(product(subscripts, x, x, [*split, None, None]))
+
+
 def energy(
   x: jax.Array, axes: tuple[int, ...] | None = None, keepdims: bool = False
 ) -> jax.Array:
@@ -394,7 +415,7 @@ def inner(layout: Layout, a: Vector, b: Vector) -> jax.Array:
     by_rows = functools.partial(_by_rows, axes=part.inner_axes)
     return lax.platform_dependent(x, y, cpu=by_rows, default=contract)
 
-  return layout.gather(layout.map(products, a, b), 2)
+  return layout.gather(layout.map(products, a, b))
 
 
 def mix(layout: Layout, weights: jax.Array, stacks: Vector) -> Vector:
@@ -443,33 +464,12 @@ def rotate(
   """
 
   def rotated(part, x, own_bases, own_axes):
-    x = x.astype(accumulator(x.dtype))
-    letters, batch = _letters(x.ndim, () if shared else part.batch_axes)
+    batch_axes = () if shared else part.batch_axes
     for axis, basis in zip(own_axes, own_bases, strict=True):
-      old, new = letters[axis], letters.replace(letters[axis], 'z')
-      matrix = f'{batch}z{old}' if inverse else f'{batch}{old}z'
-      columns = basis.astype(x.dtype)
-      x = product(f'{letters},{matrix}->{new}', x, columns, spec_of(x))
-    return x
+      x = multiply(x, basis, axis, batch_axes, inverse=inverse)
+    return x.astype(accumulator(x.dtype))
 
   return layout.map(rotated, vector, bases, axes)
-
-
-def second_moments(
-  layout: Layout, vector: Vector, axes: Sequence[tuple[int, ...]]
-) -> list[tuple[jax.Array, ...]]:
-  """For each of some axes the sum of outer products of its fibres, `(*batch, n, n)`."""
-
-  def moments(part, x, own_axes):
-    letters, batch = _letters(x.ndim, part.batch_axes)
-    split = [spec_of(x)[axis] for axis in part.batch_axes]
-    found = []
-    for own in map(letters.__getitem__, own_axes):
-      subscripts = f'{letters},{letters.replace(own, "z")}->{batch}{own}z'
-      found.append(replicate(product(subscripts, x, x, [*split, None, None])))
-    return tuple(found)
-
-  return layout.sum_over_shards(layout.map(moments, vector, axes))
 
 
 def scale(layout: Layout, vector: Vector, factors: jax.Array) -> Vector:
@@ -521,3 +521,68 @@ def all_finite(layout: Layout, vector: Vector) -> jax.Array:
   # Shards must agree, as learning from an update takes all of them.
   axes = varying_axes(finite).union(*(part.split for part in layout.parts))
   return lax.pmin(finite.astype(jnp.int32), tuple(axes)) > 0 if axes else finite
+
+
+# On small square matrices.
+
+LARGE = 2**22  # entries: more at once gain no speed, only need memory
+
+
+def by_size(
+  function: Callable, matrices: list[jax.Array], mesh_axis: str | None = None
+) -> list[Any]:
+  """Applies a function of `(batch, n, n)` to arrays of matrices `(..., n, n)`.
+
+  All matrices of one size are one batch; a large one goes through in portions.
+
+  Args:
+    function: returns an array, or a tree of arrays, with the batch axis first.
+    matrices: arrays of any batch shapes.
+    mesh_axis: the devices along this axis of the mesh take equal shares of a batch, and
+      gather what they found; by default each has the whole of it.
+
+  Returns:
+    For each array what `function` gives, with its own batch axes.
+  """
+  out: list[Any] = [None] * len(matrices)
+  for n in sorted({x.shape[-1] for x in matrices}):
+    members = [i for i, x in enumerate(matrices) if x.shape[-1] == n]
+    batch = jnp.concatenate([matrices[i].reshape(-1, n, n) for i in members])
+    if mesh_axis is None:
+      found = _in_portions(function, batch)
+    else:
+      found = _distributed(functools.partial(_in_portions, function), batch, mesh_axis)
+    start = 0
+    for i in members:
+      shape = matrices[i].shape[:-2]
+      stop = start + math.prod(shape)
+      out[i] = jax.tree.map(
+        lambda x, a=start, b=stop, s=shape: x[a:b].reshape(*s, *x.shape[1:]), found
+      )
+      start = stop
+  return out
+
+
+def _in_portions(function: Callable, batch: jax.Array) -> Any:
+  portion = max(LARGE // batch.shape[-1] ** 2, 1)
+  if len(batch) <= portion:
+    return function(batch)
+  single = lambda x: jax.tree.map(lambda y: y[0], function(x[None]))
+  return lax.map(single, batch, batch_size=portion)
+
+
+def _distributed(function: Callable, batch: jax.Array, mesh_axis: str) -> Any:
+  """`function(batch)`, of which each device along a mesh axis makes its share."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh_axis not in mesh.axis_names:
+    raise ValueError(
+      f'distribute_over must be an axis of the mesh in use, got {mesh_axis!r}, but that'
+      f' has {list(mesh.axis_names)}; call the update within jax.set_mesh(mesh).'
+    )
+  rows = -(-len(batch) // mesh.shape[mesh_axis]) * mesh.shape[mesh_axis]
+  filled = batch[jnp.arange(rows) % len(batch)]  # each device has as many
+  filled = resharded(filled, batch, (mesh_axis, None, None))
+  spec = PartitionSpec(mesh_axis)
+  share = jax.shard_map(function, in_specs=spec, out_specs=spec, axis_names={mesh_axis})
+  found = jax.tree.map(replicate, share(filled))
+  return jax.tree.map(lambda x: x[: len(batch)], keep_replicated(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from bsfa_optax import _check, _learned, _leaves, _vectors
-from bsfa_optax._learned import FilterState
-from bsfa_optax.estimators import _base, kronecker
-from bsfa_optax.estimators._base import Estimator
+from bsfa_optax._learned import Estimator, FilterState
+from bsfa_optax.estimators import kronecker
 from bsfa_optax.whitening import scale_by_whitening
 
 
@@ -113,38 +113,36 @@ def bsfa(
         f' gamma={gamma!r}; set exponent=None for the two-level filter.'
       )
   chosen = kronecker() if estimator is None else estimator
-  _base.check_estimator(chosen)
+  _learned.check_estimator(chosen)
 
   def apply(layout, vector, memory, count):
     given = {'alpha': alpha, 'gamma': gamma, 'exponent': exponent}
-    f = _multipliers(*[_learned.value(name, x, count) for name, x in given.items()])
+    now = {name: _learned.value(name, x, count) for name, x in given.items()}
+    f = functools.partial(_multiplier, **now)
     found = chosen.decompose(layout, vector, memory)
-    filtered = _base.filtered(f, layout, vector, found)
+    filtered = _learned.filtered(f, layout, vector, found)
     if grafting:  # with alpha = 0, what is left of a block may be rounding alone
       filtered = _vectors.with_norm_of(layout, filtered, vector, rounding=1e3)
-    fraction = _base.dominant_fraction(layout, vector, found)
-    return filtered, {'dominant_fraction': fraction}
+    return filtered, _learned.dominant_fraction(layout, vector, found)
 
   return _learned.learned(
     chosen.layout, chosen.init, chosen.learn, apply, 'dominant_fraction'
   )
 
 
-def _multipliers(alpha: Any, gamma: Any, exponent: Any) -> Callable:
+def _multiplier(
+  variance: jax.Array, dominant: jax.Array, *, alpha: Any, gamma: Any, exponent: Any
+) -> jax.Array:
   """The f of `bsfa`."""
-
-  def f(variance, dominant):
-    a, g = (jnp.asarray(x, variance.dtype) for x in (alpha, gamma))
-    if exponent is None:
-      return jnp.where(dominant, a, g)
-    # What never varied is flatter than anything that did: it gets gamma.
-    present = variance > 0
-    power = jnp.asarray(exponent, variance.dtype)
-    graded = jnp.where(present, variance, 1) ** -power
-    limit = jnp.where(power > 0, g, 1)  # of x^(-p) as x -> 0
-    return jnp.clip(jnp.where(present, graded, limit), a, g)
-
-  return f
+  a, g = (jnp.asarray(x, variance.dtype) for x in (alpha, gamma))
+  if exponent is None:
+    return jnp.where(dominant, a, g)
+  # What never varied is flatter than anything that did: it gets gamma.
+  present = variance > 0
+  power = jnp.asarray(exponent, variance.dtype)
+  graded = jnp.where(present, variance, 1) ** -power
+  limit = jnp.where(power > 0, g, 1)  # of x^(-p) as x -> 0
+  return jnp.clip(jnp.where(present, graded, limit), a, g)
 
 
 def bsfa_adamw(
@@ -210,8 +208,8 @@ def bsfa_adamw(
     Loshchilov and Hutter, `Decoupled Weight Decay Regularization
     <https://arxiv.org/abs/1711.05101>`_, 2019
   """
-  _check.in_range('b1', b1, 0.0, 1.0)
-  _check.in_range('b2', b2, 0.0, 1.0)
+  _check.fraction('b1', b1)
+  _check.fraction('b2', b2)
   _check.multiplier('eps', eps)
   _check.multiplier('eps_root', eps_root)
   _check.floating('mu_dtype', mu_dtype)
@@ -275,7 +273,7 @@ def bsfa_adafactor(
     Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
     <https://arxiv.org/abs/1804.04235>`_, 2018
   """
-  _check.in_range('b1', b1, 0.0, 1.0)
+  _check.fraction('b1', b1)
   _check.multiplier('decay_rate', decay_rate)
   _check.positive_scalar('clipping_threshold', clipping_threshold)
   _check.positive_int('min_dim_size_to_factor', min_dim_size_to_factor)
@@ -481,13 +479,13 @@ def interpolated(
     Directions <https://arxiv.org/abs/2505.11972>`_, 2025
   """
   _check.transformation('base_optimizer', base_optimizer)
-  _check.in_range('threshold', threshold, 0.0, 1.0)
-  _check.in_range('decay', decay, 0.0, 1.0)
+  _check.fraction('threshold', threshold)
+  _check.fraction('decay', decay)
   chosen = kronecker() if estimator is None else estimator
-  filter_ = bsfa(alpha, gamma, estimator=chosen)
+  filter_: Any = bsfa(alpha, gamma, estimator=chosen)
 
   def init(params):
-    state: Any = filter_.init(params)
+    state = filter_.init(params)
     fraction = state.measured['dominant_fraction']
     return InterpolatedState(
       jnp.zeros_like(fraction), jnp.zeros_like(fraction, bool), state
@@ -495,7 +493,6 @@ def interpolated(
 
   def update(updates, state, params=None, **extra_args):
     _learned.check_state(InterpolatedState, state)
-    inner: Any
     filtered, inner = filter_.update(updates, state.filter_state, params, **extra_args)
     fraction = inner.measured['dominant_fraction']
     average = decay * state.average_fraction + (1 - decay) * fraction
@@ -584,20 +581,19 @@ def split_by_subspace(
     Reducing State Overhead for Scalable Training
     <https://arxiv.org/abs/2411.07837>`_, 2024
   """
-  _base.check_estimator(estimator)
+  _learned.check_estimator(estimator)
   _check.transformation('dominant', dominant)
   _check.transformation('bulk', bulk)
   inside, outside = map(optax.with_extra_args_support, (dominant, bulk))
 
   # Bulk-SGD's filter leaves the bulk; what it takes away is dominant.
-  projector = bsfa(0.0, 1.0, estimator=estimator)
+  projector: Any = bsfa(0.0, 1.0, estimator=estimator)
 
   def init(params):
     return SplitState(projector.init(params), inside.init(params), outside.init(params))
 
   def update(updates, state, params=None, **extra_args):
     _learned.check_state(SplitState, state)
-    projector_state: Any
     rest, projector_state = projector.update(
       updates, state.projector_state, params, **extra_args
     )

@@ -254,19 +254,15 @@ def scalars(
       out[f'{start}/updates'] = count
       out[f'{start}/skipped_updates'] = int(one.skipped_updates)
       if own.interval is not None:
-        refreshes = (n for n in range(count, 0, -1) if _is_refresh(own.interval, n))
-        out[f'{start}/age'] = count - next(refreshes, 0)
+        is_refresh = lambda n, own=own: _learned.is_due(jnp.int32(n - 1), own.interval)
+        # Updates are numbered from 1.
+        out[f'{start}/age'] = count - next(filter(is_refresh, range(count, 0, -1)), 0)
       for name, values in one.measured.items():
         for block, value in zip(own.layout.names, values, strict=False):
           out[f'{start}/{block}/{name}'] = value
     return {name: float(value) for name, value in out.items()}
 
   return log
-
-
-def _is_refresh(interval: _learned.Interval, number: int) -> bool:
-  """Whether the update of this number, from 1, is one with a refresh."""
-  return bool(_learned.is_due(jnp.int32(number - 1), interval))
 
 
 def _filter_states(state: optax.OptState) -> list[_learned.FilterState]:
@@ -379,12 +375,11 @@ def abstract_state(
     >>> target.memory.basis['kernel'].rows
     ShapeDtypeStruct(shape=(2, 8, 4), dtype=bfloat16, sharding=NamedSharding(...))
   """
-  _check.transformation('tx', tx)
-  state = jax.eval_shape(tx.init, params)
+  own = state_shardings(tx, params, shardings)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    state,
-    state_shardings(tx, params, shardings),
+    jax.eval_shape(tx.init, params),
+    own,
   )
 
 
@@ -505,8 +500,7 @@ def state_format(state: optax.OptState) -> dict[str, Any]:
     'bfloat16[2,3,5]'
   """
   leaves = {}
-  for path, x in jax.tree_util.tree_leaves_with_path(state):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
+  for name, x in _leaves.named_leaves(state):
     if not hasattr(x, 'dtype'):
       raise TypeError(
         f'state must be a tree of arrays, got {x!r} for {name!r}; give what tx.init or'
@@ -552,12 +546,8 @@ def check_state_format(saved: dict[str, Any], state: optax.OptState) -> None:
       f' this bsfa_optax reads version {VERSION}; restore it with the release that'
       ' wrote it, or restore the parameters alone and initialise the optimizer anew.'
     )
-  old, new = saved['leaves'], state_format(state)['leaves']
-  differences = [
-    f'  {name}: saved {old.get(name, "nothing")}, expected {new.get(name, "nothing")}'
-    for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name)
-  ]
+  found = _leaves.differences(saved['leaves'], state_format(state)['leaves'])
+  differences = [f'  {name}: saved {a}, expected {b}' for name, a, b in found]
   if differences:
     raise ValueError(
       'the checkpoint is of an optimizer with other options (rank, history, dtypes,'

@@ -7,17 +7,17 @@ the arithmetic of one side, and the storage of its two matrices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 import functools
 import math
-import string
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bsfa_optax import _check, _learned, _leaves, _linalg, _vectors
-from bsfa_optax._vectors import Layout, Part
+from bsfa_optax import _check, _learned, _leaves, _vectors
+from bsfa_optax._vectors import Part
 
 
 class WhiteningFactors(NamedTuple):
@@ -155,41 +155,34 @@ def scale_by_whitening(
     Neural Network Training <https://arxiv.org/abs/2510.25244>`_, 2025
   """
   _check.positive_scalar('ridge', ridge)
-  _check.in_range('decay', decay, 0.0, 1.0)
+  _check.fraction('decay', decay)
   interval = _learned.growing(100) if refresh_every is None else refresh_every
   _check.interval('refresh_every', interval)
   _check.positive_int('block_size', block_size)
 
-  def layout_of(params):
-    return _leaves.layout(
-      params,
-      leaves=leaves,
-      axes=axes,
-      batch_axes=batch_axes,
-      axis_name=axis_name,
-      stacked=True,
-    )
+  layout_of = functools.partial(
+    _leaves.layout,
+    leaves=leaves,
+    axes=axes,
+    batch_axes=batch_axes,
+    axis_name=axis_name,
+    stacked=True,
+  )
 
   def init(layout, params):
-    del params
-    return _learned.for_each_part(
-      layout,
-      lambda part: WhiteningFactors(
-        tuple(_unlearnt(part, side) for side in _sides(part, block_size)),
-        jnp.zeros(part.batch_shape, jnp.float32),
-      ),
-    )
+    return _learned.for_each_part(layout, lambda part: _unlearnt(part, block_size))
 
   def learn(layout, vector, memory, count, params, **extra_args):
-    del params, extra_args
     e = _learned.value('ridge', ridge, count)
     memory = list(memory)
-    turns = _turns(layout, block_size)
+    turns = _turns(memory)
     for turn, members in enumerate(turns):
+      parts = tuple(layout.parts[i] for i in members)
+      own = dataclasses.replace(layout, parts=parts, blocks=())
       # No step pays for all: each group of parts has its own within an interval.
       news = jax.lax.cond(
         _learned.is_due(count, interval, turn / len(turns)),
-        functools.partial(refresh, layout.only(members), e),
+        functools.partial(refresh, own, e),
         _learned.keep,
         [vector[i] for i in members],
         [memory[i] for i in members],
@@ -200,17 +193,17 @@ def scale_by_whitening(
 
   def refresh(layout, e, vector, memory):
     packed = [factors.packed for factors in memory]
-    moments = layout.map(functools.partial(_moments, block_size), vector)
+    moments = layout.map(_moments, vector, packed)
     news = jax.tree.map(
       lambda packed, x: decay * _covariance(packed) + (1 - decay) * _relative(x),
       packed,
       layout.sum_over_shards(moments),
     )
-    sides = [side for part in layout.parts for side in _sides(part, block_size)]
+    lengths = [part.shape[axis] for part in layout.parts for axis in _sides(part)]
     covariances, structure = jax.tree.flatten(news)
-    regular = [_regular(c, s, e) for c, s in zip(covariances, sides, strict=True)]
+    regular = [_regular(c, n, e) for c, n in zip(covariances, lengths, strict=True)]
     # All sides of one size are one batch.
-    roots = _linalg.by_size(inverse_square_root, regular, distribute_over)
+    roots = _vectors.by_size(inverse_square_root, regular, distribute_over)
     renewed = map(_renewed, jax.tree.leaves(packed), covariances, roots)
     renewed = jax.tree.unflatten(structure, list(renewed))
     # Counted here and kept, as counting costs as much as filtering.
@@ -218,16 +211,14 @@ def scale_by_whitening(
     return [*map(WhiteningFactors, renewed, directions)]
 
   def apply(layout, vector, memory, count):
-    del count
     whitened = []
     for part, v, factors in zip(layout.parts, vector, memory, strict=True):
-      v = v.astype(_vectors.accumulator(v.dtype))
-      for side, packed in zip(_sides(part, block_size), factors.packed, strict=True):
-        v = _multiplied(v, _root(packed).astype(v.dtype), side, part)
+      for axis, packed in zip(_sides(part), factors.packed, strict=True):
+        v = _multiplied(v, _root(packed), axis, part)
       whitened.append(v)
     whitened = _vectors.with_norm_of(layout, whitened, vector)
     directions = [factors.directions.reshape(-1) for factors in memory]
-    return whitened, {'effective_directions': jnp.concatenate(directions)}
+    return whitened, jnp.concatenate(directions)
 
   return _learned.learned(
     layout_of, init, learn, apply, 'effective_directions', interval=interval
@@ -275,40 +266,32 @@ def muon_dimension_numbers(
 # A part and its sides.
 
 
-class Side(NamedTuple):
-  """An axis with a covariance, cut into equal diagonal blocks."""
-
-  axis: int
-  length: int
-  blocks: int
-
-  @property
-  def size(self) -> int:
-    """Entries of a block; the last one may be filled up with zeros."""
-    return -(-self.length // self.blocks)
-
-
-def _sides(part: Part, block_size: int) -> tuple[Side, ...]:
+def _sides(part: Part) -> tuple[int, ...]:
   """The two longest of the axes that may have a covariance."""
   fit = sorted((a for a in part.axes if part.shape[a] > 1), key=part.shape.__getitem__)
-  fit = fit[-2:]
+  return tuple(sorted(fit[-2:]))
 
-  def side(axis):
-    length, others = part.shape[axis], [part.shape[a] for a in fit if a != axis]
+
+def _unlearnt(part: Part, block_size: int) -> WhiteningFactors:
+  """No covariance, and the identity for each root."""
+  sides = _sides(part)
+
+  def packed(axis):
+    length, others = part.shape[axis], [part.shape[a] for a in sides if a != axis]
     whole = length <= block_size
-    return Side(axis, length, 1 if whole else -(-length // min([block_size, *others])))
+    blocks = 1 if whole else -(-length // min([block_size, *others]))
+    size = -(-length // blocks)  # the last block may be filled up with zeros
+    root = jnp.eye(size, size + 1, k=1, dtype=jnp.float32)
+    return jnp.tile(root, (*part.batch_shape, blocks, 1, 1))
 
-  return tuple(map(side, sorted(fit)))
+  directions = jnp.zeros(part.batch_shape, jnp.float32)
+  return WhiteningFactors(tuple(map(packed, sides)), directions)
 
 
-def _turns(layout: Layout, block_size: int) -> list[list[int]]:
+def _turns(memory: Sequence[WhiteningFactors]) -> list[list[int]]:
   """The parts, by position, in at most five groups of about the same work."""
-
-  def cost(part):
-    cubes = sum(side.blocks * side.size**3 for side in _sides(part, block_size))
-    return math.prod(part.batch_shape) * cubes
-
-  costs = layout.map(cost)
+  shapes = [[packed.shape for packed in factors.packed] for factors in memory]
+  costs = [sum(math.prod(s[:-1]) * s[-2] ** 2 for s in own) for own in shapes]
   turns: list[list[int]] = [[] for _ in range(min(5, len(costs)))]
   totals = [0] * len(turns)
   for i in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
@@ -318,23 +301,17 @@ def _turns(layout: Layout, block_size: int) -> list[list[int]]:
   return turns
 
 
-def _unlearnt(part: Part, side: Side) -> jax.Array:
-  zeros, eye = jnp.zeros((side.size, side.size)), jnp.eye(side.size)
-  packed = _packed(zeros.astype(jnp.float32), eye.astype(jnp.float32))
-  return jnp.tile(packed, (*part.batch_shape, side.blocks, 1, 1))
-
-
 def _relative(moment: jax.Array) -> jax.Array:
   """A second moment over its trace, `(*batch, blocks, n, n)`."""
   trace = _trace(moment)
   return (moment / jnp.where(trace > 0, trace, 1)).astype(jnp.float32)
 
 
-def _regular(covariance: jax.Array, side: Side, ridge: Any) -> jax.Array:
-  """The covariance in units of its mean variance, with the ridge."""
-  mean = _trace(covariance) / side.length
-  eye = jnp.eye(side.size, dtype=covariance.dtype)
-  eye = eye.reshape((1,) * (covariance.ndim - 2) + eye.shape)
+def _regular(covariance: jax.Array, length: int, ridge: Any) -> jax.Array:
+  """The covariance of an axis in units of its mean variance, with the ridge."""
+  mean = _trace(covariance) / length
+  eye = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)
+  eye = jnp.broadcast_to(eye, covariance.shape)
   ridge = jnp.asarray(ridge, covariance.dtype)
   return covariance / jnp.where(mean > 0, mean, 1) + ridge * eye
 
@@ -357,51 +334,42 @@ def _trace(x: jax.Array) -> jax.Array:
 # The arithmetic of one side.
 
 
-def _in_blocks(x: jax.Array, side: Side) -> jax.Array:
-  """Cuts the side's axis in two: blocks, and entries within one."""
-  if side.blocks > 1:  # an explicit mesh reshapes no axis that is split over it
-    x = _vectors.whole(x, side.axis)
-  missing = side.blocks * side.size - side.length
+def _in_blocks(
+  x: jax.Array, axis: int, blocks: int, part: Part
+) -> tuple[jax.Array, int, tuple[int, ...]]:
+  """Cuts an axis in two: blocks, which are one more batch axis, and their entries.
+
+  Returns:
+    The array, the axis of the entries, and the batch axes.
+  """
+  if blocks > 1:  # an explicit mesh reshapes no axis that is split over it
+    x = _vectors.whole(x, axis)
+  size = -(-x.shape[axis] // blocks)
+  missing = blocks * size - x.shape[axis]
   if missing:
-    x = jnp.pad(x, [(0, missing * (a == side.axis)) for a in range(x.ndim)])
-  shape = (*x.shape[: side.axis], side.blocks, side.size, *x.shape[side.axis + 1 :])
-  return x.reshape(shape)
+    x = jnp.pad(x, [(0, missing * (a == axis)) for a in range(x.ndim)])
+  batch_axes = tuple(a + (a > axis) for a in part.batch_axes)
+  cut = x.reshape((*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]))
+  return cut, axis + 1, (*batch_axes, axis)
 
 
-def _letters(x: jax.Array, side: Side, part: Part) -> tuple[str, str, str, str]:
-  """Names of all axes in blocks, of the batch axes, of the blocks, of the entries."""
-  letters = string.ascii_lowercase[: x.ndim]
-  batch = ''.join(letters[axis + (axis > side.axis)] for axis in part.batch_axes)
-  return letters, batch, letters[side.axis], letters[side.axis + 1]
-
-
-def _moments(block_size: int, part: Part, x: jax.Array) -> tuple[jax.Array, ...]:
+def _moments(
+  part: Part, x: jax.Array, packed: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
   """Sums of outer products of the fibres along each side, `(*batch, blocks, n, n)`."""
-  x = x.astype(_vectors.accumulator(x.dtype))
-
-  def moment(side):
-    cut = _in_blocks(x, side)
-    letters, batch, block, entry = _letters(cut, side, part)
-    subscripts = f'{letters},{letters.replace(entry, "z")}->{batch}{block}{entry}z'
-    # At full precision: its rounding is the floor of the root's error.
-    return _vectors.product(subscripts, cut, cut, [None] * (len(batch) + 3))
-
-  return tuple(map(moment, _sides(part, block_size)))
+  sides = zip(_sides(part), packed, strict=True)
+  cuts = [_in_blocks(x, axis, old.shape[-3], part) for axis, old in sides]
+  # At full precision: its rounding is the floor of the root's error.
+  return tuple(_vectors.second_moment(*cut) for cut in cuts)
 
 
-def _multiplied(x: jax.Array, root: jax.Array, side: Side, part: Part) -> jax.Array:
+def _multiplied(x: jax.Array, root: jax.Array, axis: int, part: Part) -> jax.Array:
   """The product of each block of a side with its root, in the shape of `x`."""
-  given, x = x, _in_blocks(x, side)
-  letters, batch, block, entry = _letters(x, side, part)
-  x = jnp.einsum(
-    f'{letters},{batch}{block}{entry}z->{letters.replace(entry, "z")}',
-    x,
-    root,
-    out_sharding=_vectors.sharding_of(x, _vectors.spec_of(x)),
-  )
-  merged = (*x.shape[: side.axis], -1, *x.shape[side.axis + 2 :])
-  x = jax.lax.slice_in_dim(x.reshape(merged), 0, side.length, axis=side.axis)
-  return _vectors.like(x, given)
+  cut, entries, batch_axes = _in_blocks(x, axis, root.shape[-3], part)
+  cut = _vectors.multiply(cut, root, entries, batch_axes, precision=None)
+  whitened = cut.reshape((*x.shape[:axis], -1, *x.shape[axis + 1 :]))
+  whitened = jax.lax.slice_in_dim(whitened, 0, x.shape[axis], axis=axis)
+  return _vectors.like(whitened, x)
 
 
 # From scripts/root_coefficients.py --condition 400: at most 28 % from the root for
@@ -440,8 +408,7 @@ def inverse_square_root(a: jax.Array) -> jax.Array:
     <https://arxiv.org/abs/2506.10935>`_, 2025
   """
   (g, h), ((c0, c1, c2), (d0, d1, d2, d3)) = INNER, OUTER
-  eye = jnp.eye(a.shape[-1], dtype=a.dtype)
-  eye = eye.reshape((1,) * (a.ndim - 2) + eye.shape)
+  eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
   square = jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST)
   # The fourth root of the sum of all eigenvalues' fourth powers: at least the greatest.
   bound = jnp.sqrt(jnp.linalg.norm(square, axis=(-2, -1), keepdims=True))

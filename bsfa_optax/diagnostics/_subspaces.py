@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _leaves, _linalg, _svd, _vectors
+from bsfa_optax import _learned, _leaves, _linalg, _svd, _vectors
+from bsfa_optax._learned import Estimator
 from bsfa_optax._vectors import Layout, Vector
-from bsfa_optax.estimators import _base
-from bsfa_optax.estimators._base import Estimator
 
 Projector = Callable[[Any], Any]
 
@@ -40,7 +39,7 @@ def projector(estimator: Estimator, memory: Any) -> Projector:
     [[1. 0.]
      [0. 1.]]
   """
-  _base.check_estimator(estimator)
+  _learned.check_estimator(estimator)
 
   def project(tree):
     layout = estimator.layout(tree)
@@ -50,7 +49,7 @@ def projector(estimator: Estimator, memory: Any) -> Projector:
     vector = layout.select(tree)
     vector = [v.astype(_vectors.accumulator(v.dtype)) for v in vector]
     found = estimator.decompose(layout, vector, memory)
-    return layout.replace(zeros, _base.project(found))
+    return layout.replace(zeros, _learned.project(found))
 
   return project
 
@@ -92,14 +91,14 @@ def dominant_fraction(
     Song, Ahn, Yun, `Does SGD really happen in tiny subspaces?
     <https://arxiv.org/abs/2405.16002>`_, 2024
   """
-  _base.check_estimator(estimator)
+  _learned.check_estimator(estimator)
   norms = [_vectors.energy(x) for x in jax.tree.leaves(gradients)]
   layout = estimator.layout(gradients)
   if not layout.count:
     return jnp.zeros((1,), jnp.float32), jnp.zeros((), jnp.float32)
   vector = layout.select(gradients)
   found = estimator.decompose(layout, vector, memory)
-  fraction = _base.dominant_fraction(layout, vector, found)
+  fraction = _learned.dominant_fraction(layout, vector, found)
   total = jnp.stack([x.astype(fraction.dtype) for x in norms]).sum()
   norm = _vectors.squared_norms(layout, vector).astype(fraction.dtype)
   inside = (jnp.square(fraction) * norm).sum()
@@ -135,7 +134,7 @@ def spectrum(
     >>> print(diagnostics.spectrum(estimator, state.memory, jnp.zeros((2, 2))))
     [array([2., 2.], dtype=float32)]
   """
-  _base.check_estimator(estimator)
+  _learned.check_estimator(estimator)
   layout = estimator.layout(updates)
   if not layout.count:
     return []
@@ -308,4 +307,4 @@ def stack_norms(layout: Layout, stacks: Vector) -> jax.Array:
     energy = _vectors.energy(x, tuple(1 + axis for axis in part.inner_axes))
     return jnp.moveaxis(energy, 0, -1)
 
-  return layout.gather(layout.map(norms, stacks), 1)
+  return layout.gather(layout.map(norms, stacks))

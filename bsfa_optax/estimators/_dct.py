@@ -12,8 +12,8 @@ import numpy as np
 import optax
 
 from bsfa_optax import _check, _leaves, _vectors
+from bsfa_optax._learned import Estimator, from_axes
 from bsfa_optax._vectors import Part
-from bsfa_optax.estimators._base import Estimator, from_axes
 
 MAX_SIZE = 46340  # 2 n^2 < 2^32: beyond, the phases of the basis would overflow
 

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from bsfa_optax import _check, _curvature, _leaves, _vectors
-from bsfa_optax._learned import is_due, keep
+from bsfa_optax._learned import Decomposition, Estimator, from_rows, is_due, keep
 from bsfa_optax._vectors import Layout, Vector
-from bsfa_optax.estimators._base import Decomposition, Estimator, from_rows
 
 
 class HessianState(NamedTuple):
@@ -148,8 +147,9 @@ def hessian_lanczos(
   names = ('value_fn',) if curvature == 'hessian' else ('output_fn', 'loss_fn')
   matrix = getattr(_curvature, curvature)
 
-  def layout_of(params):
-    return _leaves.layout(params, leaves=leaves, labels=labels, batch_axes=batch_axes)
+  layout_of = functools.partial(
+    _leaves.layout, leaves=leaves, labels=labels, batch_axes=batch_axes
+  )
 
   def init(layout, params):
     return HessianState(

@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bsfa_optax import _check, _leaves, _linalg, _vectors
-from bsfa_optax._learned import for_each_part, growing, Interval, is_due, keep
+from bsfa_optax import _check, _learned, _leaves, _linalg, _vectors
 from bsfa_optax._vectors import Part
-from bsfa_optax.estimators._base import Estimator, from_axes
 
 
 class KroneckerFactors(NamedTuple):
@@ -33,7 +31,7 @@ class KroneckerFactors(NamedTuple):
 def kronecker(
   *,
   decay: float = 0.9,
-  refresh_every: Interval | None = None,
+  refresh_every: _learned.Interval | None = None,
   max_size: int = 2048,
   max_ratio: float = 4.0,
   storage_dtype: Any = jnp.float32,
@@ -41,7 +39,7 @@ def kronecker(
   axes: _leaves.Axes = None,
   batch_axes: _leaves.Axes = None,
   axis_name: str | Sequence[str] | None = None,
-) -> Estimator:
+) -> _learned.Estimator:
   r"""Principal components with a Kronecker-factored covariance of the updates.
 
   For a matrix block with updates :math:`G` the covariance is taken as
@@ -120,22 +118,21 @@ def kronecker(
     Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
     <https://arxiv.org/abs/2409.11321>`_, 2024
   """
-  _check.in_range('decay', decay, 0.0, 1.0)
-  interval = growing(50) if refresh_every is None else refresh_every
+  _check.fraction('decay', decay)
+  interval = _learned.growing(50) if refresh_every is None else refresh_every
   _check.interval('refresh_every', interval)
   _check.positive_int('max_size', max_size)
   _check.positive('max_ratio', max_ratio)
   _check.floating('storage_dtype', storage_dtype)
 
-  def layout_of(params):
-    return _leaves.layout(
-      params,
-      leaves=leaves,
-      axes=axes,
-      batch_axes=batch_axes,
-      axis_name=axis_name,
-      stacked=True,
-    )
+  layout_of = functools.partial(
+    _leaves.layout,
+    leaves=leaves,
+    axes=axes,
+    batch_axes=batch_axes,
+    axis_name=axis_name,
+    stacked=True,
+  )
 
   def factored(layout):
     return [_factored_axes(part, max_size, max_ratio) for part in layout.parts]
@@ -149,7 +146,7 @@ def kronecker(
         tuple(jnp.zeros((*batch, n), jnp.float32) for n in sizes),
       )
 
-    return for_each_part(layout, factors, factored(layout))
+    return _learned.for_each_part(layout, factors, factored(layout))
 
   def learn(layout, vector, memory, count, params, **extra_args):
     own = factored(layout)
@@ -157,25 +154,27 @@ def kronecker(
     def refresh(vector, memory):
       bases, spectra = map(list, zip(*memory, strict=True))
       rotated = _vectors.rotate(layout, vector, bases, own)
-      moments = _vectors.second_moments(layout, rotated, own)
+      moments = layout.sum_over_shards(layout.map(_moments, rotated, own))
       sums = jax.tree.map(functools.partial(_decayed, decay), spectra, moments)
       matrices, structure = jax.tree.flatten(sums)
       # All factors of one size are one batch.
-      turned = _linalg.by_size(_linalg.eigh, matrices)
+      turned = _vectors.by_size(_linalg.eigh, matrices)
       # Rounding may leave the least eigenvalues of a covariance below 0.
       values = jax.tree.unflatten(structure, [jnp.maximum(x, 0) for x, _ in turned])
       turns = jax.tree.unflatten(structure, [rows for _, rows in turned])
       return tuple(map(KroneckerFactors, jax.tree.map(_turned, bases, turns), values))
 
-    return jax.lax.cond(is_due(count, interval), refresh, keep, vector, memory)
+    due = _learned.is_due(count, interval)
+    return jax.lax.cond(due, refresh, _learned.keep, vector, memory)
 
   def decompose(layout, vector, memory):
     own = factored(layout)
     variance = layout.map(_relative_variance, memory, own)
     bases = [old.basis for old in memory]
-    return from_axes(layout, vector, bases, own, variance, [x > 1 for x in variance])
+    dominant = [x > 1 for x in variance]
+    return _learned.from_axes(layout, vector, bases, own, variance, dominant)
 
-  return Estimator(layout_of, init, learn, decompose)
+  return _learned.Estimator(layout_of, init, learn, decompose)
 
 
 def _factored_axes(part: Part, max_size: int, max_ratio: float) -> tuple[int, ...]:
@@ -188,6 +187,10 @@ def _factored_axes(part: Part, max_size: int, max_ratio: float) -> tuple[int, ..
   # The two longest: those of a convolution's kernel that count channels.
   fit.sort(key=part.shape.__getitem__)
   return tuple(sorted(fit[-2:]))
+
+
+def _moments(part: Part, x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+  return tuple(_vectors.second_moment(x, axis, part.batch_axes) for axis in axes)
 
 
 def _relative_variance(
@@ -209,8 +212,7 @@ def _decayed(decay: float, spectrum: jax.Array, moment: jax.Array) -> jax.Array:
   # Of unit trace: a large update, as early in training, counts no more than another.
   norm = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None]
   moment = (moment / jnp.where(norm > 0, norm, 1)).astype(jnp.float32)
-  n = spectrum.shape[-1]
-  eye = jnp.eye(n, dtype=spectrum.dtype).reshape((1,) * (spectrum.ndim - 1) + (n, n))
+  eye = jnp.broadcast_to(jnp.eye(moment.shape[-1], dtype=moment.dtype), moment.shape)
   return decay * spectrum[..., None] * eye + (1 - decay) * moment
 
 

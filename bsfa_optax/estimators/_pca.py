@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsfa_optax import _check, _leaves, _svd, _vectors
-from bsfa_optax._learned import is_due, keep
+from bsfa_optax._learned import Decomposition, Estimator, from_rows, is_due, keep
 from bsfa_optax._vectors import Layout, Vector
-from bsfa_optax.estimators._base import Decomposition, Estimator, from_rows
 
 
 class PCAState(NamedTuple):
@@ -126,7 +125,7 @@ def pca(
   """
   _check.positive_int('rank', rank)
   _check.positive_int('history', history)
-  _check.in_range('decay', decay, 0.0, 1.0)
+  _check.fraction('decay', decay)
   if refresh_every is None:
     refresh_every = history
   _check.positive_int('refresh_every', refresh_every)
@@ -147,10 +146,13 @@ def pca(
     solver = _svd.cheaper_solver(rank, history + (rank if decay > 0 else 0))
   first_refresh = refresh_every * math.ceil(max(history, rank) / refresh_every)
 
-  def layout_of(params):
-    return _leaves.layout(
-      params, leaves=leaves, labels=labels, batch_axes=batch_axes, axis_name=axis_name
-    )
+  layout_of = functools.partial(
+    _leaves.layout,
+    leaves=leaves,
+    labels=labels,
+    batch_axes=batch_axes,
+    axis_name=axis_name,
+  )
 
   def init(layout, params):
     zeros = functools.partial(_vectors.block_zeros, layout, dtype=layout.dtype)
@@ -177,51 +179,36 @@ def pca(
     due = is_due(count, refresh_every)
     if decay == 0:
       due &= count >= first_refresh - 1
-    refresh = functools.partial(
-      _refresh, layout, decay=decay, solver=solver, first=first_refresh
+    return jax.lax.cond(
+      due, functools.partial(refresh, layout), keep, vector, memory, count
     )
-    return jax.lax.cond(due, refresh, keep, vector, memory, count)
+
+  def refresh(layout, vector, memory, count):
+    # The vector is in the history already.
+    past, weights = _weights(memory, decay)
+    samples, old = jax.tree.leaves(memory.history), jax.tree.leaves(memory.basis)
+    # The matrix A of the docstring, and the sum of squares, in which directions that
+    # were dropped earlier still count.
+    total = (weights * memory.squared_norms).sum(1)
+    if past is None:
+      a = _svd.Rows(layout, (samples,), jnp.sqrt(weights))
+    else:
+      squares = jnp.concatenate([past[:, None] * memory.variance, weights], 1)
+      a = _svd.Rows(layout, (old, samples), jnp.sqrt(squares))
+      total += past * memory.total_variance
+    if solver == 'gram':
+      variance, basis = _svd.gram_svd(a, rank)
+    else:
+      key = jax.random.fold_in(jax.random.key(0), count)
+      variance, basis = _svd.randomized_svd(a, rank, old, key)
+    return memory._replace(
+      basis=_like(memory.basis, basis),
+      variance=variance,
+      total_variance=jnp.maximum(total, variance.sum(1)),
+      is_complete=count >= first_refresh - 1,  # count + 1 may overflow
+    )
 
   return Estimator(layout_of, init, learn, _decompose)
-
-
-def _refresh(
-  layout: Layout,
-  vector: Vector,
-  memory: PCAState,
-  count: jax.Array,
-  *,
-  decay: float,
-  solver: str,
-  first: int,
-) -> PCAState:
-  """The memory with new directions; it is complete from the update `first` on.
-
-  The vector is in the history already.
-  """
-  past, weights = _weights(memory, decay)
-  samples, old = jax.tree.leaves(memory.history), jax.tree.leaves(memory.basis)
-  rank = memory.variance.shape[1]
-  # The matrix A of the docstring, and the sum of squares, in which directions that were
-  # dropped earlier still count.
-  total = (weights * memory.squared_norms).sum(1)
-  if past is None:
-    a = _svd.Rows(layout, (samples,), jnp.sqrt(weights))
-  else:
-    squares = jnp.concatenate([past[:, None] * memory.variance, weights], 1)
-    a = _svd.Rows(layout, (old, samples), jnp.sqrt(squares))
-    total += past * memory.total_variance
-  if solver == 'gram':
-    variance, basis = _svd.gram_svd(a, rank)
-  else:
-    key = jax.random.fold_in(jax.random.key(0), count)
-    variance, basis = _svd.randomized_svd(a, rank, old, key)
-  return memory._replace(
-    basis=_like(memory.basis, basis),
-    variance=variance,
-    total_variance=jnp.maximum(total, variance.sum(1)),
-    is_complete=count >= first - 1,  # count + 1 may overflow
-  )
 
 
 def _decompose(layout: Layout, vector: Vector, memory: PCAState) -> Decomposition:

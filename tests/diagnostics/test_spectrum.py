@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bsfa_optax import (
+  _learned,
   bsfa,
   dct,
   diagnostics,
@@ -16,7 +17,6 @@ from bsfa_optax import (
   kronecker,
   pca,
 )
-from bsfa_optax.estimators import _base
 
 pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
 
@@ -93,7 +93,7 @@ def test_spectrum_is_what_the_filter_sees(name):
       return jnp.ones_like(variance)
 
     vector = layout.select(params)
-    _base.filtered(f, layout, vector, estimator.decompose(layout, vector, memory))
+    _learned.filtered(f, layout, vector, estimator.decompose(layout, vector, memory))
     return seen
 
   seen = [np.asarray(x) for x in variances(params, memory)]

@@ -8,8 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from bsfa_optax import bsfa, kronecker, pca
-from bsfa_optax.estimators import _base
+from bsfa_optax import _learned, bsfa, kronecker, pca
 
 pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
 
@@ -62,7 +61,7 @@ def test_planted_subspace(name):
     def apply(v):
       vector = layout.select(v)
       found = estimator.decompose(layout, vector, state.memory)
-      return layout.replace(v, _base.filtered(f, layout, vector, found))
+      return layout.replace(v, _learned.filtered(f, layout, vector, found))
 
     return jax.vmap(apply)(probes), state.measured['dominant_fraction']
 

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from bsfa_optax import _curvature, bsfa, diagnostics, hessian_lanczos
-from bsfa_optax.estimators import _base, layout
+from bsfa_optax import _curvature, _learned, bsfa, diagnostics, hessian_lanczos
+from bsfa_optax.estimators import layout
 from bsfa_optax.state import abstract_state, state_shardings
 
 FAST = {'xla_backend_optimization_level': 0}
@@ -391,8 +391,8 @@ def test_filter_gets_curvatures_relative_to_the_least_kept():
 
   def apply(f, v, memory):
     found = estimator.decompose(parts, [v], memory)
-    (out,) = _base.filtered(f, parts, [v], found)
-    return out, _base.dominant_fraction(parts, [v], found)
+    (out,) = _learned.filtered(f, parts, [v], found)
+    return out, _learned.dominant_fraction(parts, [v], found)
 
   out, fraction = apply(f, v, memory)
   np.testing.assert_allclose(out, [[0.25, 0.5], [1, 3]], rtol=1e-5)

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bsfa_optax import bsfa, dct, kronecker
-from bsfa_optax.estimators import _base
+from bsfa_optax import _learned, bsfa, dct, kronecker
 
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
@@ -327,7 +326,7 @@ def test_variances_of_a_matrix_normal():
   def multiply(g):
     vector = layout.select(g)
     found = estimator.decompose(layout, vector, memory)
-    filtered = _base.filtered(lambda variance, _: variance, layout, vector, found)
+    filtered = _learned.filtered(lambda variance, _: variance, layout, vector, found)
     return layout.replace(g, filtered)
 
   for i, j in [(0, 0), (5, 7), (0, 7), (3, 4)]:

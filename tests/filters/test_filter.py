@@ -11,8 +11,16 @@ from optax._src import test_utils
 import pytest
 
 import bsfa_optax
-from bsfa_optax import bsfa, dct, FilterState, kronecker, pca, scale_by_whitening
-from bsfa_optax.estimators import _base, Decomposition, Estimator, layout
+from bsfa_optax import (
+  _learned,
+  bsfa,
+  dct,
+  FilterState,
+  kronecker,
+  pca,
+  scale_by_whitening,
+)
+from bsfa_optax.estimators import Decomposition, Estimator, layout
 from bsfa_optax.state import block_names, state_bytes
 
 pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
@@ -111,8 +119,8 @@ def apply_fn(name):
     parts = estimator.layout(updates)
     vector = parts.select(updates)
     found = estimator.decompose(parts, vector, state.memory)
-    filtered = parts.replace(updates, _base.filtered(f, parts, vector, found))
-    return filtered, _base.dominant_fraction(parts, vector, found)
+    filtered = parts.replace(updates, _learned.filtered(f, parts, vector, found))
+    return filtered, _learned.dominant_fraction(parts, vector, found)
 
   return jit(run)
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from bsfa_optax import (
+  _learned,
   accelerate,
   bsfa,
   dct,
@@ -18,7 +19,6 @@ from bsfa_optax import (
   pca,
   split_by_subspace,
 )
-from bsfa_optax.estimators import _base
 
 pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
 
@@ -83,7 +83,7 @@ def applied(estimator, f):
     layout = estimator.layout(updates)
     vector = layout.select(updates)
     found = estimator.decompose(layout, vector, memory)
-    return layout.replace(updates, _base.filtered(f, layout, vector, found))
+    return layout.replace(updates, _learned.filtered(f, layout, vector, found))
 
   return jit(apply)
 

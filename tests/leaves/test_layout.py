@@ -282,7 +282,7 @@ def test_scatter_undoes_gather():
   )
   rng = np.random.default_rng(1)
   values = [jnp.float32(rng.normal(size=shape)) for shape in ((2, 3, 4), (3, 4))]
-  gathered = parts.gather(values, trailing=1)
+  gathered = parts.gather(values)
   assert gathered.shape == (parts.count, 4) == (9, 4)
   chex.assert_trees_all_equal(parts.scatter(gathered), values)
   # Leaves of one block are summed, and each gets the sum back.
@@ -292,7 +292,7 @@ def test_scatter_undoes_gather():
     batch_axes={'a': 1, 'b': 0, 'c': 1},
   )
   total = values[1] + 1
-  gathered = joint.gather([values[1], jnp.ones((3, 4))], trailing=1)
+  gathered = joint.gather([values[1], jnp.ones((3, 4))])
   chex.assert_trees_all_equal(joint.scatter(gathered), [total, total])
   assert joint.sizes == [2 * 4 * 5 + 7] * 3
 
