@@ -99,8 +99,8 @@ class Commands:
         choices=[*CONTENDERS, *FAMILY],
         default=list(CONTENDERS),
         metavar='NAME',
-        help='as adamw, muon, soap or bsfa: docs/measuring.md has all (all but those that'
-        ' save memory, as lora-6)',
+        help='as adamw, muon, soap or bsfa: docs/measuring.md has all'
+        ' (all but those that save memory, as lora-6)',
       )
     add_data(command)
     return command
