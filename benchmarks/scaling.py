@@ -13,7 +13,7 @@ from benchmarks.store import Store, write_text
 from benchmarks.tasks import OTHER_WIDTHS
 
 PAGE = 'scaling.md'
-COMPARED = ('adamw', 'muon', 'soap', 'bsfa')  # over all lengths and sizes
+COMPARED = ('adamw', 'muon', 'soap', 'soap-muon', 'bsfa')  # over all lengths and sizes
 
 
 class Scale(NamedTuple):
