@@ -578,10 +578,11 @@ def plot(studies: list[Study], figures: Path) -> None:
   plot_speed_ups(studies, figures / 'speed-ups.svg')
 
 
-def load(store: Store) -> list[Study]:
-  """Of the tasks that have results."""
+def load(store: Store, names: Iterable[str] | None = None) -> list[Study]:
+  """Of the tasks that have results, by default of those with a page of their own."""
   studies = [
-    study(name, store.load(name).values(), store.times(name)) for name in reported()
+    study(name, store.load(name).values(), store.times(name))
+    for name in names or reported()
   ]
   return [one for one in studies if one.contenders]
 

@@ -24,21 +24,18 @@ class Scale(NamedTuple):
   studies: dict[int, report.Study]
 
 
-def study(store: Store, task: str, steps: int | None = None) -> report.Study:
-  results, times = store.load(task).values(), store.times(task)
-  return report.study(task, results, times, steps)
-
-
 def over_lengths(
   store: Store, task: str, lengths: Sequence[int] = (300, 1000, 3000, 10_000)
 ) -> Scale:
-  found = {steps: study(store, task, steps) for steps in lengths}
+  results, times = store.load(task).values(), store.times(task)
+  found = {steps: report.study(task, results, times, steps) for steps in lengths}
   return Scale(f'`{task}`, over the length of a run', 'steps', found)
 
 
 def over_widths(store: Store) -> Scale:
-  tasks = {96: 'llama-novels'} | {width: name for name, width in OTHER_WIDTHS.items()}
-  found = {width: study(store, name) for width, name in sorted(tasks.items())}
+  widths = {'llama-novels': 96} | OTHER_WIDTHS
+  ascending = sorted(widths, key=widths.__getitem__)
+  found = {widths[of.name]: of for of in report.load(store, ascending)}
   title = '`llama-novels` over the width, depth in proportion, 300 steps'
   return Scale(title, 'width', found)
 
@@ -75,22 +72,22 @@ def part(found: list[Scale]) -> str:
 
 
 def plot(found: list[Scale], path: Path) -> None:
-  """Speed-ups in steps: means are lines, seeds are dots."""
+  """Speed-ups in steps: means are lines; marks are seeds, as in `plot_speed_ups`."""
   figure, axes = plt.subplots(
     1, len(found), figsize=(3 * len(found) + 1, 3.6), layout='constrained',
     sharey=True, squeeze=False,
   )  # fmt: skip
   for one, scale in zip(axes[0], found, strict=True):
     for name in COMPARED[1:]:
-      ups = [
-        (x, [up.factor for up in report.speed_ups(of, name, of.best_rate(name))])
-        for x, of in scale.studies.items()
-      ]
-      means = [(x, statistics.fmean(each)) for x, each in ups if each]
+      means = []
+      for x, of in scale.studies.items():
+        ups = report.speed_ups(of, name, of.best_rate(name))
+        if ups:
+          means.append((x, statistics.fmean(up.factor for up in ups)))
+        for up in ups:
+          one.plot(x, up.factor, report.MARKS[up.relation], color=COLOURS[name])
       if means:
         one.plot(*zip(*means, strict=True), color=COLOURS[name], label=name)
-      for x, each in ups:
-        one.plot([x] * len(each), each, '.', color=COLOURS[name])
     one.axhline(1, color=INK, linewidth=0.8)
     title = next(iter(scale.studies.values())).name
     one.set(xscale='log', xlabel=scale.label, title=title)
