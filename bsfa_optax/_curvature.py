@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _linalg, _vectors
+from bsfa_optax import _vectors
 from bsfa_optax._svd import masked_reciprocal
 from bsfa_optax._vectors import Layout, Vector
 
@@ -158,7 +158,7 @@ def top_eigenpairs(
   # Absent directions get an eigenvalue below all others, to come last.
   lowest = -1 - 2 * jnp.linalg.norm(projected, axis=(1, 2))
   absent = jnp.where(exists, 0, lowest[:, None])
-  values, vectors = _linalg.eigh(
+  values, vectors = _vectors.eigh(
     projected + absent[:, :, None] * jnp.eye(m, dtype=dtype)[None]
   )
   present = jnp.arange(m)[None] < exists.sum(1, keepdims=True)

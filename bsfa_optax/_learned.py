@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _leaves, _vectors
+from bsfa_optax import _vectors
 from bsfa_optax._vectors import Layout, Vector
 
 Interval = int | Callable[[jax.Array], jax.Array]
@@ -46,6 +46,17 @@ class FilterState(NamedTuple):
   skipped_updates: jax.Array
   measured: dict[str, jax.Array]
   memory: Any
+
+
+class Observed(NamedTuple):
+  """What `init` of a filter tells."""
+
+  layout: Layout
+  memory: Any
+  interval: Any  # see `learned`
+
+
+observers: list[list[Observed]] = []  # to the last of which `init` adds its own
 
 
 def learned(
@@ -79,9 +90,9 @@ def learned(
   def init(params):
     layout = layout_of(params)
     memory = init_memory(layout, params)
-    shapes[layout] = _leaves.shapes(memory)  # an update has to trace no second one
-    for observer in _leaves.observers[-1:]:
-      observer.append(_leaves.Observed(layout, memory, interval))
+    shapes[layout] = _vectors.shapes(memory)  # an update has to trace no second one
+    for observer in observers[-1:]:
+      observer.append(Observed(layout, memory, interval))
     return FilterState(
       filter_count=jnp.zeros((), jnp.int32),
       skipped_updates=jnp.zeros((), jnp.int32),
@@ -94,8 +105,8 @@ def learned(
     layout = layout_of(updates)
     if layout not in shapes:  # not made here, or of updates in another dtype
       memory = jax.eval_shape(lambda params: init_memory(layout, params), updates)
-      shapes[layout] = _leaves.shapes(memory)
-    _leaves.check_shapes(
+      shapes[layout] = _vectors.shapes(memory)
+    _vectors.check_shapes(
       state.memory,
       shapes[layout],
       'state must be of the same transformation and of parameters like the updates',
@@ -105,7 +116,7 @@ def learned(
     if history is not None:
       must = 'history must be a tree like the updates'
       remedy = 'make it from the gradients'
-      _leaves.check_shapes(history, _leaves.shapes(updates), must, "'{}'", remedy)
+      _vectors.check_shapes(history, _vectors.shapes(updates), must, "'{}'", remedy)
     count, skipped = state.filter_count, state.skipped_updates
     if not layout.parts:
       return updates, state._replace(filter_count=increment(count))

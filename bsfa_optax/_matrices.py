@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from bsfa_optax import _check, _leaves, _linalg, _svd
+from bsfa_optax import _check, _svd, _vectors
 from bsfa_optax._vectors import accumulator, product, resharded, sharding_of, spec_of
 
 BatchAxes = int | Callable[[str, Any], int]
@@ -31,7 +31,7 @@ def flatten(tree: Any, is_leaf: Any = None) -> tuple[list[str], list[Any], Any]:
 
 def is_box(x: Any) -> bool:
   """Whether `x` is one of Flax's boxes, around one array."""
-  return _leaves.is_box(x) and len(jax.tree.leaves(x)) == 1
+  return _vectors.is_box(x) and len(jax.tree.leaves(x)) == 1
 
 
 def check(rank: Any, leaves: Any, batch_axes: Any) -> None:
@@ -52,14 +52,14 @@ def check(rank: Any, leaves: Any, batch_axes: Any) -> None:
 
 
 def ranks(
-  params: Any, rank: int | float, leaves: _leaves.Predicate, batch_axes: BatchAxes
+  params: Any, rank: int | float, leaves: _vectors.Predicate, batch_axes: BatchAxes
 ) -> Any:
   """For each leaf the rank to work with, 0 if it is left alone; a box is a leaf."""
   names, nodes, treedef = flatten(params, is_box)
   arrays = [jax.tree.leaves(node)[0] for node in nodes]
   count = batch_axes if callable(batch_axes) else lambda name, leaf: batch_axes
   batch = list(map(count, names, arrays))
-  chosen = _leaves.choose(names, arrays, [tuple(range(n)) for n in batch], leaves)
+  chosen = _vectors.choose(names, arrays, [tuple(range(n)) for n in batch], leaves)
   found = []
   for name, x, n, (yes, _) in zip(names, arrays, batch, chosen, strict=True):
     is_matrix = x.ndim == 2 + n and jnp.issubdtype(x.dtype, jnp.floating)
@@ -166,5 +166,5 @@ def top_directions(g: jax.Array, rank: int, key: jax.Array) -> jax.Array:
     # A little of q itself, so that a singular matrix leaves columns of full rank.
     q = orthonormal(step(q) + 1e-5 * q)
   image = product('ms,sk->mk', g, q) * scale
-  _, vectors = each_matrix(_linalg.eigh, product('mk,ml->kl', image, image))
+  _, vectors = each_matrix(_vectors.eigh, product('mk,ml->kl', image, image))
   return product('sk,rk->sr', q, vectors[..., :rank, :])

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bsfa_optax import _linalg, _vectors
+from bsfa_optax import _vectors
 from bsfa_optax._vectors import Layout, Vector
 
 OVERSAMPLING = 8
@@ -133,7 +133,7 @@ def _top(
   gram: jax.Array, rank: int, floor: float | None = None
 ) -> tuple[jax.Array, jax.Array]:
   """The top eigenvalues (blocks, rank) and, as rows, the eigenvectors of each."""
-  values, vectors = _linalg.eigh(gram)
+  values, vectors = _vectors.eigh(gram)
   values, vectors = values[:, :rank], vectors[:, :rank]
   # What is below the rounding of the greatest is noise, not a direction.
   floor = floor or 32 * float(jnp.finfo(values.dtype).eps)
@@ -154,7 +154,7 @@ def inverse_cholesky(gram: jax.Array) -> jax.Array:
   size = jnp.where(some, trace, 1)
   shift = jnp.where(some, 8 * n * jnp.finfo(gram.dtype).eps, 1)
   eye = jnp.eye(n, dtype=gram.dtype)[None]
-  inverse = _linalg.inverse_cholesky(gram / size + shift * eye)
+  inverse = _vectors.inverse_cholesky(gram / size + shift * eye)
   # Where products underflowed the matrix may be indefinite: no direction can be told.
   inverse = jnp.where(jnp.isfinite(inverse).all((1, 2), keepdims=True), inverse, 0)
   return inverse / jnp.sqrt(size)
@@ -165,7 +165,7 @@ def orthonormalize(layout: Layout, rows: Vector) -> Vector:
   gram = _vectors.inner(layout, rows, rows)
   eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
   absent = jnp.diagonal(gram, axis1=1, axis2=2)[:, :, None] < 0.5
-  inverse = _linalg.inverse_cholesky(gram + jnp.where(absent, eye, 0))
+  inverse = _vectors.inverse_cholesky(gram + jnp.where(absent, eye, 0))
   # Rows too far from orthonormal have no factor: better kept as they are.
   inverse = jnp.where(jnp.isfinite(inverse).all((1, 2), keepdims=True), inverse, eye)
   return _vectors.mix(layout, inverse, rows)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bsfa_optax import _check, _learned, _leaves, _vectors
+from bsfa_optax import _check, _learned, _vectors
 from bsfa_optax._learned import Estimator, FilterState
 from bsfa_optax.estimators import kronecker
 from bsfa_optax.whitening import scale_by_whitening
@@ -316,7 +316,7 @@ def _descent(
   )
 
   def init(params):
-    _leaves.check_arrays(params)  # the direction's own error would not tell what to do
+    _vectors.check_arrays(params)  # the direction's own error would not tell what to do
     return tx.init(params)
 
   return optax.GradientTransformationExtraArgs(init, tx.update)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _check, _linalg, _matrices
+from bsfa_optax import _check, _matrices, _vectors
 from bsfa_optax._vectors import accumulator, product, resharded, spec_of
 
 
@@ -805,7 +805,7 @@ def _belong(t: Any, f: Any) -> bool:
 
 def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """U, S, V, each matrix whole on its device, then split as its sides are."""
-  u, s, vt = _matrices.each_matrix(_linalg.svd, w.astype(accumulator(w.dtype)))
+  u, s, vt = _matrices.each_matrix(_vectors.svd, w.astype(accumulator(w.dtype)))
   *batch, rows, columns = spec_of(w)
   u = resharded(u.astype(w.dtype), w, (*batch, rows, None))
   v = jnp.matrix_transpose(vt).astype(w.dtype)

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, Sharding
 import numpy as np
 import optax
 
-from bsfa_optax import _check, _learned, _leaves
+from bsfa_optax import _check, _learned, _vectors
 from bsfa_optax._vectors import Layout, Leaf, Part
 
 # To be raised when the state's leaves change their meaning under the same names.
@@ -152,7 +152,7 @@ def _is_square(part: Part, x: Any) -> bool:
   return len(own) > 1 and own[-1] - own[-2] in (0, 1)
 
 
-def _warnings(observed: _leaves.Observed) -> Iterator[str]:
+def _warnings(observed: _learned.Observed) -> Iterator[str]:
   """Where the layout of a filter is probably not what is wanted."""
   layout, memory, _ = observed
   groups: dict[str, list[Leaf]] = {}
@@ -269,7 +269,7 @@ def _filter_states(state: optax.OptState) -> list[_learned.FilterState]:
   """All in a state, wherever they are, with Flax's metadata taken off."""
   is_leaf = lambda x: isinstance(x, _learned.FilterState)
   return [
-    x for x in jax.tree.leaves(_leaves.unbox(state), is_leaf=is_leaf) if is_leaf(x)
+    x for x in jax.tree.leaves(_vectors.unbox(state), is_leaf=is_leaf) if is_leaf(x)
   ]
 
 
@@ -277,12 +277,12 @@ def _observed(tx: optax.GradientTransformation, params: optax.Params) -> Any:
   """The abstract state, and layout and memory of each filter in `tx`."""
   _check.transformation('tx', tx)
   found: list[Any] = []
-  _leaves.observers.append(found)
+  _learned.observers.append(found)
   try:
     # A function that JAX has not seen: of one that it has, the trace is not repeated.
     state = jax.eval_shape(lambda params: tx.init(params), params)
   finally:
-    _leaves.observers.pop()
+    _learned.observers.pop()
   return state, found
 
 
@@ -429,7 +429,7 @@ def state_shardings(
   if shardings is None:
     given = [getattr(x, 'sharding', None) for x in leaves]
   else:
-    given = _leaves.broadcast(shardings, params, lambda x: x is None, 'shardings')
+    given = _vectors.broadcast(shardings, params, lambda x: x is None, 'shardings')
     for sharding in given:
       _check.sharding(sharding)
   # What they must share: a mesh, or to be of none, or the sharding on no mesh at all.
@@ -500,7 +500,7 @@ def state_format(state: optax.OptState) -> dict[str, Any]:
     'bfloat16[2,3,5]'
   """
   leaves = {}
-  for name, x in _leaves.named_leaves(state):
+  for name, x in _vectors.named_leaves(state):
     if not hasattr(x, 'dtype'):
       raise TypeError(
         f'state must be a tree of arrays, got {x!r} for {name!r}; give what tx.init or'
@@ -546,7 +546,7 @@ def check_state_format(saved: dict[str, Any], state: optax.OptState) -> None:
       f' this bsfa_optax reads version {VERSION}; restore it with the release that'
       ' wrote it, or restore the parameters alone and initialise the optimizer anew.'
     )
-  found = _leaves.differences(saved['leaves'], state_format(state)['leaves'])
+  found = _vectors.differences(saved['leaves'], state_format(state)['leaves'])
   differences = [f'  {name}: saved {a}, expected {b}' for name, a, b in found]
   if differences:
     raise ValueError(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bsfa_optax import _check, _learned, _leaves, _vectors
+from bsfa_optax import _check, _learned, _vectors
 from bsfa_optax._vectors import Part
 
 
@@ -48,9 +48,9 @@ def scale_by_whitening(
   decay: float = 0.9,
   refresh_every: _learned.Interval | None = None,
   block_size: int = 1024,
-  leaves: _leaves.Predicate = None,
-  axes: _leaves.Axes = None,
-  batch_axes: _leaves.Axes = None,
+  leaves: _vectors.Predicate = None,
+  axes: _vectors.Axes = None,
+  batch_axes: _vectors.Axes = None,
   axis_name: str | Sequence[str] | None = None,
   distribute_over: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -161,7 +161,7 @@ def scale_by_whitening(
   _check.positive_int('block_size', block_size)
 
   layout_of = functools.partial(
-    _leaves.layout,
+    _vectors.layout,
     leaves=leaves,
     axes=axes,
     batch_axes=batch_axes,
@@ -228,8 +228,8 @@ def scale_by_whitening(
 def muon_dimension_numbers(
   params: optax.Params,
   *,
-  leaves: _leaves.Predicate = None,
-  batch_axes: _leaves.Axes = None,
+  leaves: _vectors.Predicate = None,
+  batch_axes: _vectors.Axes = None,
 ) -> Any:
   """The same choice of leaves for Muon: its ``muon_weight_dimension_numbers``.
 
@@ -252,7 +252,7 @@ def muon_dimension_numbers(
     >>> bsfa_optax.muon_dimension_numbers(params)['query']['kernel']
     MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1, 2))
   """
-  layout = _leaves.layout(params, leaves=leaves, batch_axes=batch_axes)
+  layout = _vectors.layout(params, leaves=leaves, batch_axes=batch_axes)
   numbers: list[Any] = [None] * len(layout.leaves)
   for part in layout.parts:
     size = lambda axes, part=part: math.prod(part.shape[axis] for axis in axes)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _check, _curvature, _leaves, _vectors
+from bsfa_optax import _check, _curvature, _vectors
 from bsfa_optax._vectors import Layout
 from bsfa_optax.diagnostics._subspaces import (
   as_stacks,
@@ -85,7 +85,7 @@ def hessian_top_k(
     Array(True, dtype=bool)
   """
   _check.positive_int('rank', rank)
-  layout = _leaves.layout(params) if layout is None else layout
+  layout = _vectors.layout(params) if layout is None else layout
   if iterations is None:
     iterations = 4 * rank
   _check.positive_int('iterations', iterations)

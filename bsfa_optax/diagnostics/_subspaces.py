@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _learned, _leaves, _linalg, _svd, _vectors
+from bsfa_optax import _learned, _svd, _vectors
 from bsfa_optax._learned import Estimator
 from bsfa_optax._vectors import Layout, Vector
 
@@ -232,7 +232,7 @@ def principal_angles(a: Any, b: Any, layout: Layout) -> jax.Array:
   # Principal vectors of the narrow space; those of absent rows come last.
   cosines = _vectors.inner(layout, narrow, wide)
   gram = dot(cosines, jnp.matrix_transpose(cosines))
-  _, turn = _linalg.eigh(gram - diagonal(~present[1], gram.dtype))
+  _, turn = _vectors.eigh(gram - diagonal(~present[1], gram.dtype))
   order = jnp.arange(gram.shape[1])[None]
   absent = order >= present[1].sum(1, keepdims=True)
   cosines = dot(turn, cosines)  # of each principal vector with the wide space
@@ -250,7 +250,7 @@ def principal_angles(a: Any, b: Any, layout: Layout) -> jax.Array:
   small = (angles < limit) & ~absent
   both = (small[:, :, None] & small[:, None, :]).astype(angles.dtype)
   gram = both * _vectors.inner(layout, outside, outside)
-  squares, _ = _linalg.eigh(gram + limit**2 * diagonal(~small, gram.dtype))
+  squares, _ = _vectors.eigh(gram + limit**2 * diagonal(~small, gram.dtype))
   sine = jnp.sqrt(jnp.clip(squares[:, ::-1], 0, 1))
   angles = jnp.sort(jnp.where(absent, jnp.inf, angles), axis=1)
   angles = jnp.where(order < small.sum(1, keepdims=True), jnp.arcsin(sine), angles)
@@ -264,12 +264,12 @@ def _without_marks(basis: Any) -> Any:
   """The tree of stacks without the `Stack` markers of a state, and without metadata."""
   is_stack = lambda x: isinstance(x, _vectors.Stack)
   strip = lambda x: x.rows if is_stack(x) else x
-  return jax.tree.map(strip, _leaves.unbox(basis), is_leaf=is_stack)
+  return jax.tree.map(strip, _vectors.unbox(basis), is_leaf=is_stack)
 
 
 def as_stacks(params: Any, layout: Layout, stacks: Vector) -> Any:
   """A tree like `params` with a `Stack` for each leaf in a block."""
-  leaves, structure = jax.tree.flatten(_leaves.unbox(params))
+  leaves, structure = jax.tree.flatten(_vectors.unbox(params))
   out: list[Any] = [optax.MaskedNode()] * len(leaves)
   for part, stack in zip(layout.parts, stacks, strict=True):
     out[part.leaves[0].position] = _vectors.Stack(stack)

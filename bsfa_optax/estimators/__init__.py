@@ -1,8 +1,7 @@
 """Estimators of the dominant subspace, and what another one is written with."""
 
 from bsfa_optax._learned import Decomposition, Estimator, from_rows
-from bsfa_optax._leaves import layout
-from bsfa_optax._vectors import inner, Layout
+from bsfa_optax._vectors import inner, Layout, layout
 from bsfa_optax.estimators._dct import dct
 from bsfa_optax.estimators._hessian import hessian_lanczos, HessianState
 from bsfa_optax.estimators._kronecker import kronecker, KroneckerFactors

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _check, _leaves, _vectors
+from bsfa_optax import _check, _vectors
 from bsfa_optax._learned import Estimator, from_axes
 from bsfa_optax._vectors import Part
 
@@ -21,9 +21,9 @@ MAX_SIZE = 46340  # 2 n^2 < 2^32: beyond, the phases of the basis would overflow
 def dct(
   rank: int = 16,
   *,
-  leaves: _leaves.Predicate = None,
-  axes: _leaves.Axes = None,
-  batch_axes: _leaves.Axes = None,
+  leaves: _vectors.Predicate = None,
+  axes: _vectors.Axes = None,
+  batch_axes: _vectors.Axes = None,
   axis_name: str | Sequence[str] | None = None,
 ) -> Estimator:
   r"""The strongest frequencies of each update, leaf by leaf.
@@ -80,7 +80,7 @@ def dct(
   _check.positive_int('rank', rank)
 
   def layout_of(params):
-    layout = _leaves.layout(
+    layout = _vectors.layout(
       params,
       leaves=leaves,
       axes=axes,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bsfa_optax import _check, _curvature, _leaves, _vectors
+from bsfa_optax import _check, _curvature, _vectors
 from bsfa_optax._learned import Decomposition, Estimator, from_rows, is_due, keep
 from bsfa_optax._vectors import Layout, Vector
 
@@ -39,9 +39,9 @@ def hessian_lanczos(
   refresh_every: int = 10,
   curvature: Literal['hessian', 'gauss_newton'] = 'hessian',
   storage_dtype: Any = None,
-  leaves: _leaves.Predicate = None,
-  labels: _leaves.Labels = None,
-  batch_axes: _leaves.Axes = None,
+  leaves: _vectors.Predicate = None,
+  labels: _vectors.Labels = None,
+  batch_axes: _vectors.Axes = None,
 ) -> Estimator:
   r"""Eigenvectors of the loss's Hessian by the Lanczos method: the paper's LPE.
 
@@ -148,12 +148,12 @@ def hessian_lanczos(
   matrix = getattr(_curvature, curvature)
 
   layout_of = functools.partial(
-    _leaves.layout, leaves=leaves, labels=labels, batch_axes=batch_axes
+    _vectors.layout, leaves=leaves, labels=labels, batch_axes=batch_axes
   )
 
   def init(layout, params):
     return HessianState(
-      basis=_leaves.zeros(params, layout, rank, storage_dtype),
+      basis=_vectors.zeros(params, layout, rank, storage_dtype),
       curvature=_vectors.block_zeros(layout, rank, dtype=layout.dtype),
       is_known=jnp.zeros((), bool),
     )

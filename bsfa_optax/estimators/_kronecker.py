@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bsfa_optax import _check, _learned, _leaves, _linalg, _vectors
+from bsfa_optax import _check, _learned, _vectors
 from bsfa_optax._vectors import Part
 
 
@@ -35,9 +35,9 @@ def kronecker(
   max_size: int = 2048,
   max_ratio: float = 4.0,
   storage_dtype: Any = jnp.float32,
-  leaves: _leaves.Predicate = None,
-  axes: _leaves.Axes = None,
-  batch_axes: _leaves.Axes = None,
+  leaves: _vectors.Predicate = None,
+  axes: _vectors.Axes = None,
+  batch_axes: _vectors.Axes = None,
   axis_name: str | Sequence[str] | None = None,
 ) -> _learned.Estimator:
   r"""Principal components with a Kronecker-factored covariance of the updates.
@@ -126,7 +126,7 @@ def kronecker(
   _check.floating('storage_dtype', storage_dtype)
 
   layout_of = functools.partial(
-    _leaves.layout,
+    _vectors.layout,
     leaves=leaves,
     axes=axes,
     batch_axes=batch_axes,
@@ -158,7 +158,7 @@ def kronecker(
       sums = jax.tree.map(functools.partial(_decayed, decay), spectra, moments)
       matrices, structure = jax.tree.flatten(sums)
       # All factors of one size are one batch.
-      turned = _vectors.by_size(_linalg.eigh, matrices)
+      turned = _vectors.by_size(_vectors.eigh, matrices)
       # Rounding may leave the least eigenvalues of a covariance below 0.
       values = jax.tree.unflatten(structure, [jnp.maximum(x, 0) for x, _ in turned])
       turns = jax.tree.unflatten(structure, [rows for _, rows in turned])

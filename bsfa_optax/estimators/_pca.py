@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsfa_optax import _check, _leaves, _svd, _vectors
+from bsfa_optax import _check, _svd, _vectors
 from bsfa_optax._learned import Decomposition, Estimator, from_rows, is_due, keep
 from bsfa_optax._vectors import Layout, Vector
 
@@ -46,9 +46,9 @@ def pca(
   refresh_every: int | None = None,
   solver: Literal['auto', 'gram', 'randomized'] = 'auto',
   storage_dtype: Any = jnp.bfloat16,
-  leaves: _leaves.Predicate = None,
-  labels: _leaves.Labels = None,
-  batch_axes: _leaves.Axes = None,
+  leaves: _vectors.Predicate = None,
+  labels: _vectors.Labels = None,
+  batch_axes: _vectors.Axes = None,
   axis_name: str | Sequence[str] | None = None,
 ) -> Estimator:
   r"""Principal component analysis of past updates, block by block.
@@ -147,7 +147,7 @@ def pca(
   first_refresh = refresh_every * math.ceil(max(history, rank) / refresh_every)
 
   layout_of = functools.partial(
-    _leaves.layout,
+    _vectors.layout,
     leaves=leaves,
     labels=labels,
     batch_axes=batch_axes,
@@ -157,8 +157,8 @@ def pca(
   def init(layout, params):
     zeros = functools.partial(_vectors.block_zeros, layout, dtype=layout.dtype)
     return PCAState(
-      basis=_leaves.zeros(params, layout, rank, storage_dtype),
-      history=_leaves.zeros(params, layout, history, storage_dtype),
+      basis=_vectors.zeros(params, layout, rank, storage_dtype),
+      history=_vectors.zeros(params, layout, history, storage_dtype),
       squared_norms=zeros(history),
       variance=zeros(rank),
       total_variance=zeros(),
