@@ -176,39 +176,49 @@ def pca(
       history=_like(memory.history, written),
       squared_norms=memory.squared_norms.at[:, index].set(norms),
     )
+    is_complete = count >= first_refresh - 1  # count + 1 may overflow
     due = is_due(count, refresh_every)
     if decay == 0:
-      due &= count >= first_refresh - 1
-    return jax.lax.cond(
-      due, functools.partial(refresh, layout), keep, vector, memory, count
-    )
-
-  def refresh(layout, vector, memory, count):
-    # The vector is in the history already.
-    past, weights = _weights(memory, decay)
-    samples, old = jax.tree.leaves(memory.history), jax.tree.leaves(memory.basis)
-    # The matrix A of the docstring, and the sum of squares, in which directions that
-    # were dropped earlier still count.
-    total = (weights * memory.squared_norms).sum(1)
-    if past is None:
-      a = _svd.Rows(layout, (samples,), jnp.sqrt(weights))
-    else:
-      squares = jnp.concatenate([past[:, None] * memory.variance, weights], 1)
-      a = _svd.Rows(layout, (old, samples), jnp.sqrt(squares))
-      total += past * memory.total_variance
-    if solver == 'gram':
-      variance, basis = _svd.gram_svd(a, rank)
-    else:
-      key = jax.random.fold_in(jax.random.key(0), count)
-      variance, basis = _svd.randomized_svd(a, rank, old, key)
-    return memory._replace(
-      basis=_like(memory.basis, basis),
-      variance=variance,
-      total_variance=jnp.maximum(total, variance.sum(1)),
-      is_complete=count >= first_refresh - 1,  # count + 1 may overflow
-    )
+      due &= is_complete
+    refresh = functools.partial(_refreshed, layout, decay, solver)
+    return jax.lax.cond(due, refresh, keep, vector, memory, count, is_complete)
 
   return Estimator(layout_of, init, learn, _decompose)
+
+
+def _refreshed(
+  layout: Layout,
+  decay: float,
+  solver: str,
+  vector: Vector,
+  memory: PCAState,
+  count: jax.Array,
+  is_complete: jax.Array,
+) -> PCAState:
+  """The memory with the basis computed anew; the vector is in its history already."""
+  past, weights = _weights(memory, decay)
+  samples, old = jax.tree.leaves(memory.history), jax.tree.leaves(memory.basis)
+  rank = memory.variance.shape[1]
+  # The matrix A of `pca`, and the sum of squares, in which directions that were dropped
+  # earlier still count.
+  total = (weights * memory.squared_norms).sum(1)
+  if past is None:
+    a = _svd.Rows(layout, (samples,), jnp.sqrt(weights))
+  else:
+    squares = jnp.concatenate([past[:, None] * memory.variance, weights], 1)
+    a = _svd.Rows(layout, (old, samples), jnp.sqrt(squares))
+    total += past * memory.total_variance
+  if solver == 'gram':
+    variance, basis = _svd.gram_svd(a, rank)
+  else:
+    key = jax.random.fold_in(jax.random.key(0), count)
+    variance, basis = _svd.randomized_svd(a, rank, old, key)
+  return memory._replace(
+    basis=_like(memory.basis, basis),
+    variance=variance,
+    total_variance=jnp.maximum(total, variance.sum(1)),
+    is_complete=is_complete,
+  )
 
 
 def _decompose(layout: Layout, vector: Vector, memory: PCAState) -> Decomposition:
