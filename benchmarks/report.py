@@ -13,7 +13,7 @@ from benchmarks import drawing, runs
 from benchmarks.contenders import CONTENDERS, VARIANTS
 from benchmarks.drawing import COLOURS, INK, plt
 from benchmarks.store import BadResults, Result, Results, Store, write_text
-from benchmarks.tasks import OTHER_WIDTHS, Task, TASKS
+from benchmarks.tasks import STUDIED_APART, Task, TASKS
 
 TABLES = 'tables'
 SEEDS = 3  # fewer are reported as missing
@@ -556,7 +556,7 @@ def task_page(of: Study) -> str:
 
 def reported() -> list[str]:
   """The tasks that have a page of their own."""
-  return [name for name in TASKS if name not in OTHER_WIDTHS]
+  return [name for name in TASKS if name not in STUDIED_APART]
 
 
 def gaps(studies: list[Study]) -> list[str]:

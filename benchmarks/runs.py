@@ -195,7 +195,7 @@ class Laboratory:
     return (
       run._asdict()
       | measured
-      | trainer.sizes({'rate': 0.0, 'steps': 1.0})
+      | trainer.sizes(run.seed, {'rate': 0.0, 'steps': 1.0})
       | {
         'settings': trainer.contender.settings,
         'recipe': _recipe(trainer.task),

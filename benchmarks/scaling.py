@@ -14,6 +14,15 @@ from benchmarks.tasks import OTHER_WIDTHS
 
 PAGE = 'scaling.md'
 COMPARED = ('adamw', 'muon', 'soap', 'soap-muon', 'bsfa')  # over all lengths and sizes
+LENGTHS = {
+  'llama-wikitext2': (300, 1000, 1500, 3000),
+  'llama-novels': (300, 1000, 1500, 5000),
+}
+ELSEWHERE = {
+  'finetune-novels': (100, 300),
+  'vit-mnist': (400, 1600),
+  'cnn-mnist': (400, 1600),
+}
 
 
 class Scale(NamedTuple):
@@ -24,9 +33,7 @@ class Scale(NamedTuple):
   studies: dict[int, report.Study]
 
 
-def over_lengths(
-  store: Store, task: str, lengths: Sequence[int] = (300, 1000, 3000, 10_000)
-) -> Scale:
+def over_lengths(store: Store, task: str, lengths: Sequence[int]) -> Scale:
   results, times = store.load(task).values(), store.times(task)
   found = {steps: report.study(task, results, times, steps) for steps in lengths}
   return Scale(f'`{task}`, over the length of a run', 'steps', found)
@@ -40,12 +47,20 @@ def over_widths(store: Store) -> Scale:
   return Scale(title, 'width', found)
 
 
-def scales(store: Store) -> list[Scale]:
+def drawn(store: Store) -> list[Scale]:
+  """Language models, longer and larger."""
+  longer = [over_lengths(store, *each) for each in LENGTHS.items()]
+  return _measured([*longer, over_widths(store)])
+
+
+def elsewhere(store: Store) -> list[Scale]:
+  return _measured([over_lengths(store, *each) for each in ELSEWHERE.items()])
+
+
+def _measured(scales: Iterable[Scale]) -> list[Scale]:
   """With what the default was trained at; without those that vary in nothing."""
-  every = [over_lengths(store, task) for task in ('llama-wikitext2', 'llama-novels')]
-  every.append(over_widths(store))
   own = lambda studies: {x: of for x, of in studies.items() if of.best_rate('bsfa')}
-  every = [scale._replace(studies=own(scale.studies)) for scale in every]
+  every = [scale._replace(studies=own(scale.studies)) for scale in scales]
   return [scale for scale in every if len(scale.studies) > 1]
 
 
@@ -65,8 +80,9 @@ def table(scale: Scale) -> str:
   return report.markdown(head, lines)
 
 
-def part(found: list[Scale]) -> str:
+def part(store: Store) -> str:
   """What stands between the lines of the page."""
+  found = [*drawn(store), *elsewhere(store)]
   tables = [f'**{scale.title}**\n\n{table(scale)}' for scale in found]
   return '\n\n'.join(tables) or 'Not measured yet.'
 
@@ -100,8 +116,8 @@ def plot(found: list[Scale], path: Path) -> None:
 
 def write(store: Store, docs: Path) -> None:
   """Brings the page and its figure up to date, if it is there."""
-  page, found = docs / PAGE, scales(store)
-  if found:
-    plot(found, docs / 'figures' / 'scaling.svg')
+  page, scales = docs / PAGE, drawn(store)
+  if scales:
+    plot(scales, docs / 'figures' / 'scaling.svg')
   if page.exists():
-    write_text(page, report.rewritten(page, 'scaling', part(found)))
+    write_text(page, report.rewritten(page, 'scaling', part(store)))

@@ -19,6 +19,7 @@ import optax
 
 from benchmarks import models
 from benchmarks.llama import Llama, next_token_loss, PRESETS
+from benchmarks.progress import Progress
 from benchmarks.text import (
   standard_library,
   Text,
@@ -202,6 +203,49 @@ def language_model(
       'context': preset.context,
       'text': text.fingerprint(),
     },
+  )
+
+
+def pretrained(
+  problem: Problem, label: str, steps: int = 300
+) -> Callable[[int], Params]:
+  """Parameters after a run of AdamW, tuned for the small LLaMA, by the run's seed."""
+  rate = optax.warmup_cosine_decay_schedule(0.0, 8e-3, steps // 10, steps, 4e-4)
+  tx = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.1)
+  )
+
+  @jax.jit
+  def step(params, state, batch):
+    updates, state = tx.update(jax.grad(problem.loss)(params, batch), state, params)
+    return optax.apply_updates(params, updates), state
+
+  @functools.cache
+  def trained(seed: int) -> Params:
+    params = problem.init(seed)
+    state = tx.init(params)
+    with Progress(f'{label}, seed {seed}', steps, 'step') as bar:
+      for number in range(steps):
+        params, state = step(params, state, problem.batch(seed, number))
+        bar.update()
+    return jax.device_get(params)
+
+  # Other arrays each time, as a trainer gives its own away.
+  return lambda seed: jax.tree.map(jnp.array, trained(seed))
+
+
+def fine_tuning(
+  preset_name: str,
+  first: Callable[[Path], Text],
+  then: Callable[[Path], Text],
+  folder: Path,
+) -> Problem:
+  """A language model of one text, trained on with another."""
+  start = language_model(preset_name, first, folder)
+  problem = language_model(preset_name, then, folder)
+  return problem._replace(
+    init=pretrained(start, 'the model to be fine-tuned'),
+    config=problem.config | {'first': start.config['text']},
   )
 
 
@@ -413,9 +457,10 @@ TASKS = {
   ),
 }
 
-# The model of `llama-novels` at other widths, for docs/scaling.md alone.
+# What follows is for docs/scaling.md alone.
+# The model of `llama-novels` at other widths.
 OTHER_WIDTHS = {f'llama-novels-{width}': width for width in (64, 192, 384)}
-TASKS |= {
+STUDIED_APART = {
   name: Task(
     f'LLaMA of width {width} on bytes of novels',
     300,
@@ -426,4 +471,16 @@ TASKS |= {
     ),
   )
   for name, width in OTHER_WIDTHS.items()
+} | {
+  'finetune-novels': Task(
+    'small LLaMA of WikiText-2, fine-tuned on novels',
+    100,
+    functools.partial(
+      fine_tuning,
+      'small',
+      functools.partial(read_bytes, 'wikitext2'),
+      functools.partial(read_bytes, 'novels'),
+    ),
+  )
 }
+TASKS |= STUDIED_APART

@@ -75,9 +75,9 @@ class Trainer:
     """The parameters of the model as they are now."""
     return carry[0]
 
-  def sizes(self, options: Options) -> dict[str, int]:
+  def sizes(self, seed: int, options: Options) -> dict[str, int]:
     """Number of parameters that are trained, and bytes of the optimizer's state."""
-    trained, state, *_ = jax.eval_shape(lambda: self.start(0, options))
+    trained, state, *_ = jax.eval_shape(lambda: self.start(seed, options))
     return {
       'parameters': sum(leaf.size for leaf in jax.tree.leaves(trained)),
       'state_bytes': sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),

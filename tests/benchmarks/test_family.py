@@ -55,7 +55,7 @@ def test_parts_are_of_the_parameters_and_renewed(tiny):
 
 
 def test_sizes_are_those_of_what_is_trained(tiny):
-  sizes = trainer_of('relora-6-100', tiny).sizes(OPTIONS)
+  sizes = trainer_of('relora-6-100', tiny).sizes(0, OPTIONS)
   assert sizes['parameters'] == 4 + 4
   assert sizes['state_bytes'] == 2 * 4 * 8 + 4 * 4  # moments, four counts
 

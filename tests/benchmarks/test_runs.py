@@ -140,6 +140,22 @@ def test_schedule_is_warm_up_and_cosine(standard_promotion):
     np.testing.assert_allclose(share, expected(count), rtol=1e-5, atol=1e-7)
 
 
+def test_fine_tuning_starts_from_a_trained_model(tiny):
+  problem = tasks.TASKS[tiny].build(None)
+  init = tasks.pretrained(problem, 'start')
+  batch = problem.batch(7, 0)
+  for seed in 0, 1:
+    trained = problem.loss(init(seed), batch)
+    assert trained < problem.loss(problem.init(seed), batch) / 2
+  # A trainer gives its arrays away, and asks for shapes in a trace.
+  task, contender = tasks.TASKS[tiny], contenders.find('adamw')
+  trainer = runs.TaskTrainer(task, problem._replace(init=init), contender)
+  with tqdm(disable=True) as bar:
+    first, second = (trainer.train(0.01, 20, 1, bar)['train_loss'] for _ in range(2))
+  assert first == second
+  assert trainer.sizes(1, {'rate': 0.0, 'steps': 1.0})['parameters'] == 16
+
+
 @pytest.mark.parametrize('name', ['masked-chain', 'llama-stdlib'])
 def test_batches_depend_on_seed_and_step_alone(name):
   one, two = (tasks.TASKS[name].build(Path('none')).batch for _ in range(2))
