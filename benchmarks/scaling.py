@@ -10,7 +10,7 @@ from typing import NamedTuple
 from benchmarks import drawing, report
 from benchmarks.drawing import COLOURS, INK, plt
 from benchmarks.store import Store, write_text
-from benchmarks.tasks import OTHER_WIDTHS
+from benchmarks.tasks import OTHER_ROWS, OTHER_WIDTHS
 
 PAGE = 'scaling.md'
 COMPARED = ('adamw', 'muon', 'soap', 'soap-muon', 'bsfa')  # over all lengths and sizes
@@ -39,18 +39,22 @@ def over_lengths(store: Store, task: str, lengths: Sequence[int]) -> Scale:
   return Scale(f'`{task}`, over the length of a run', 'steps', found)
 
 
-def over_widths(store: Store) -> Scale:
-  widths = {'llama-novels': 96} | OTHER_WIDTHS
-  ascending = sorted(widths, key=widths.__getitem__)
-  found = {widths[of.name]: of for of in report.load(store, ascending)}
-  title = '`llama-novels` over the width, depth in proportion, 300 steps'
-  return Scale(title, 'width', found)
+def over_tasks(store: Store, title: str, label: str, tasks: dict[str, int]) -> Scale:
+  """Tasks that differ in a number, in its order."""
+  ascending = sorted(tasks, key=tasks.__getitem__)
+  found = {tasks[of.name]: of for of in report.load(store, ascending)}
+  return Scale(f'{title}, 300 steps', label, found)
 
 
 def drawn(store: Store) -> list[Scale]:
-  """Language models, longer and larger."""
+  """Language models: longer, larger, and with more tokens a step."""
   longer = [over_lengths(store, *each) for each in LENGTHS.items()]
-  return _measured([*longer, over_widths(store)])
+  widths = {'llama-novels': 96} | OTHER_WIDTHS
+  wider = '`llama-novels` over the width, depth in proportion', 'width', widths
+  rows = {'llama-novels-64': 32} | OTHER_ROWS
+  tokens = {name: 64 * number for name, number in rows.items()}
+  more = '`llama-novels-64` over the size of a batch', 'tokens a step', tokens
+  return _measured([*longer, over_tasks(store, *wider), over_tasks(store, *more)])
 
 
 def elsewhere(store: Store) -> list[Scale]:

@@ -166,10 +166,16 @@ def read_words(name: str, folder: Path, vocabulary: int) -> Text:
 
 
 def language_model(
-  preset_name: str, read: Callable[[Path], Text], folder: Path
+  preset_name: str, read: Callable[[Path], Text], folder: Path, rows: int | None = None
 ) -> Problem:
-  """Next-token prediction with a LLaMA-style model."""
+  """Next-token prediction with a LLaMA-style model.
+
+  Other numbers of `rows` a step than the preset's are judged by the same tokens.
+  """
   preset = PRESETS[preset_name]
+  if rows:
+    judged = preset.validation_batches * preset.rows
+    preset = preset._replace(rows=rows, validation_batches=judged // rows)
   text = read(folder)
   init, module = functional(lambda rngs: Llama(preset.model, rngs=rngs))
 
@@ -457,30 +463,32 @@ TASKS = {
   ),
 }
 
-# What follows is for docs/scaling.md alone.
-# The model of `llama-novels` at other widths.
+# For docs/scaling.md alone: the model of `llama-novels` at other widths, its smallest
+# with other numbers of rows a step (64 tokens each), and fine-tuning.
+_novels = functools.partial(read_bytes, 'novels')
 OTHER_WIDTHS = {f'llama-novels-{width}': width for width in (64, 192, 384)}
+OTHER_ROWS = {f'llama-novels-64-rows-{rows}': rows for rows in (8, 128, 256)}
 STUDIED_APART = {
   name: Task(
     f'LLaMA of width {width} on bytes of novels',
     300,
-    functools.partial(
-      language_model,
-      f'width-{width}',
-      functools.partial(read_bytes, 'novels'),
-    ),
+    functools.partial(language_model, f'width-{width}', _novels),
   )
   for name, width in OTHER_WIDTHS.items()
-} | {
-  'finetune-novels': Task(
-    'small LLaMA of WikiText-2, fine-tuned on novels',
-    100,
-    functools.partial(
-      fine_tuning,
-      'small',
-      functools.partial(read_bytes, 'wikitext2'),
-      functools.partial(read_bytes, 'novels'),
-    ),
-  )
 }
+STUDIED_APART |= {
+  name: Task(
+    f'LLaMA of width 64 on bytes of novels, {64 * rows:,} a step',
+    300,
+    functools.partial(language_model, 'width-64', _novels, rows=rows),
+  )
+  for name, rows in OTHER_ROWS.items()
+}
+STUDIED_APART['finetune-novels'] = Task(
+  'small LLaMA of WikiText-2, fine-tuned on novels',
+  100,
+  functools.partial(
+    fine_tuning, 'small', functools.partial(read_bytes, 'wikitext2'), _novels
+  ),
+)
 TASKS |= STUDIED_APART

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from benchmarks import contenders, llama, runs, search, tasks, training
 from benchmarks.__main__ import main
+from benchmarks.text import Text
 import bsfa_optax
 
 # Runs.
@@ -167,6 +168,18 @@ def test_batches_depend_on_seed_and_step_alone(name):
     assert equal(one(*place), two(*place))
   assert not equal(one(0, 0), one(0, 1))
   assert not equal(one(0, 0), one(1, 0))
+
+
+def test_other_numbers_of_rows_are_judged_by_the_same_tokens(standard_promotion):
+  text = Text(np.arange(200, dtype='u1'), np.arange(256, dtype='u1')[::-1], 'numbers')
+  few, more = (
+    tasks.language_model('toy', lambda _: text, Path('none'), rows)
+    for rows in (None, 8)
+  )
+  assert len(more.batch(0, 0)) == 2 * len(few.batch(0, 0)) == 8
+  params = few.init(0)
+  loss = few.evaluate(params)['validation_loss']
+  assert more.evaluate(params)['validation_loss'] == pytest.approx(loss, rel=1e-5)
 
 
 def test_words_share_zero_if_rare(tmp_path):
