@@ -30,6 +30,10 @@ ONLY_ON |= dict.fromkeys(
     'cosmos',
     'ademamix',
     'schedule-free',
+    'adamw-tuned',
+    'muon-tuned',
+    'soap-tuned',
+    'soap-muon-tuned',
   ),
   ('llama-wikitext2', 'llama-novels'),
 )
