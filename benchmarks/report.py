@@ -523,7 +523,7 @@ def missing(of: Study) -> list[str]:
   for contender, by_seed in of.lengths.items():
     seeds = Counter(r['steps'] for results in by_seed.values() for r in results)
     del seeds[of.steps]
-    if not seeds:
+    if not seeds and contender in of.runs:
       lacks.append(f'runs of {contender} of other lengths, hence speed-ups')
     for steps, count in sorted(seeds.items()):
       if count < SEEDS:

@@ -10,18 +10,29 @@ from typing import NamedTuple
 from benchmarks import drawing, report
 from benchmarks.drawing import COLOURS, INK, plt
 from benchmarks.store import Store, write_text
-from benchmarks.tasks import OTHER_ROWS, OTHER_WIDTHS
+from benchmarks.tasks import OTHER_ROWS, OTHER_WIDTHS, TASKS
 
 PAGE = 'scaling.md'
-COMPARED = ('adamw', 'muon', 'soap', 'soap-muon', 'bsfa')  # over all lengths and sizes
+TUNED = 'adamw-tuned'
+COMPARED = (  # over all lengths and sizes
+  'adamw',
+  TUNED,
+  'muon',
+  'muon-tuned',
+  'soap',
+  'soap-tuned',
+  'soap-muon',
+  'soap-muon-tuned',
+  'bsfa',
+)
 LENGTHS = {
   'llama-wikitext2': (300, 1000, 1500, 3000),
   'llama-novels': (300, 1000, 1500, 5000),
 }
 ELSEWHERE = {
-  'finetune-novels': (100, 300),
-  'vit-mnist': (400, 1600),
-  'cnn-mnist': (400, 1600),
+  'finetune-novels': (100,),
+  'vit-mnist': (1600,),
+  'cnn-mnist': (1600,),
 }
 
 
@@ -58,14 +69,17 @@ def drawn(store: Store) -> list[Scale]:
 
 
 def elsewhere(store: Store) -> list[Scale]:
-  return _measured([over_lengths(store, *each) for each in ELSEWHERE.items()])
+  found = [over_lengths(store, *each) for each in ELSEWHERE.items()]
+  titles = [f'`{task}`: {TASKS[task].title}' for task in ELSEWHERE]
+  named = [one._replace(title=to) for one, to in zip(found, titles, strict=True)]
+  return _measured(named, least=1)
 
 
-def _measured(scales: Iterable[Scale]) -> list[Scale]:
-  """With what the default was trained at; without those that vary in nothing."""
+def _measured(scales: Iterable[Scale], least: int = 2) -> list[Scale]:
+  """With what the default was trained at, if that is at least so many studies."""
   own = lambda studies: {x: of for x, of in studies.items() if of.best_rate('bsfa')}
   every = [scale._replace(studies=own(scale.studies)) for scale in scales]
-  return [scale for scale in every if len(scale.studies) > 1]
+  return [scale for scale in every if len(scale.studies) >= least]
 
 
 def rows(x: int, of: report.Study) -> Iterable[list[str]]:
@@ -74,12 +88,14 @@ def rows(x: int, of: report.Study) -> Iterable[list[str]]:
       scores = of.scores(name, rate).values()
       row = [f'{x:,}', name, f'{rate:g}', str(len(of.runs[name])), str(len(scores))]
       ups, over_muon, _ = report.gains(of, name, rate)
-      yield [*row, report.spread(scores), ups, over_muon]
+      over_tuned = report.factor(report.speed_ups(of, name, rate, TUNED))
+      yield [*row, report.spread(scores), ups, over_tuned, over_muon]
 
 
 def table(scale: Scale) -> str:
   head = [scale.label, 'contender', 'learning rate', 'rates tried', 'seeds']
-  head += ['validation loss', 'speed-up in steps', "in Muon's steps"]
+  head += ['validation loss', 'speed-up in steps', f"in {TUNED}'s steps"]
+  head += ["in Muon's steps"]
   lines = [row for x, of in scale.studies.items() for row in rows(x, of)]
   return report.markdown(head, lines)
 
@@ -107,7 +123,8 @@ def plot(found: list[Scale], path: Path) -> None:
         for up in ups:
           one.plot(x, up.factor, report.MARKS[up.relation], color=COLOURS[name])
       if means:
-        one.plot(*zip(*means, strict=True), color=COLOURS[name], label=name)
+        style = ':' if f'{name}-tuned' in COMPARED else '-'
+        one.plot(*zip(*means, strict=True), style, color=COLOURS[name], label=name)
     one.axhline(1, color=INK, linewidth=0.8)
     title = next(iter(scale.studies.values())).name
     one.set(xscale='log', xlabel=scale.label, title=title)
