@@ -26,6 +26,7 @@ from benchmarks.text import (
   training_batch,
   validation_batches,
 )
+from benchmarks.training import Trainer
 
 Params = Any
 Batch = Any  # a tree of numpy arrays
@@ -212,29 +213,23 @@ def language_model(
   )
 
 
-def pretrained(
-  problem: Problem, label: str, steps: int = 300
-) -> Callable[[int], Params]:
-  """Parameters after a run of AdamW, tuned for the small LLaMA, by the run's seed."""
+def pretrained(problem: Problem) -> Callable[[int], Params]:
+  """Parameters after 300 steps of AdamW, tuned for the small LLaMA, by the seed."""
+  steps = 300
   rate = optax.warmup_cosine_decay_schedule(0.0, 8e-3, steps // 10, steps, 4e-4)
   tx = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.1)
   )
-
-  @jax.jit
-  def step(params, state, batch):
-    updates, state = tx.update(jax.grad(problem.loss)(params, batch), state, params)
-    return optax.apply_updates(params, updates), state
+  trainer = Trainer(problem, lambda options: tx)
 
   @functools.cache
   def trained(seed: int) -> Params:
-    params = problem.init(seed)
-    state = tx.init(params)
-    with Progress(f'{label}, seed {seed}', steps, 'step') as bar:
+    carry = trainer.start(seed, {})
+    with Progress(f'the model to be fine-tuned, seed {seed}', steps, 'step') as bar:
       for number in range(steps):
-        params, state = step(params, state, problem.batch(seed, number))
+        carry, _ = trainer.step(carry, problem.batch(seed, number), {})
         bar.update()
-    return jax.device_get(params)
+    return jax.device_get(trainer.params(carry))
 
   # Other arrays each time, as a trainer gives its own away.
   return lambda seed: jax.tree.map(jnp.array, trained(seed))
@@ -250,7 +245,7 @@ def fine_tuning(
   start = language_model(preset_name, first, folder)
   problem = language_model(preset_name, then, folder)
   return problem._replace(
-    init=pretrained(start, 'the model to be fine-tuned'),
+    init=pretrained(start),
     config=problem.config | {'first': start.config['text']},
   )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import math
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.tasks import Batch, Params, Problem, Task
+if TYPE_CHECKING:  # tasks that start from a trained model train it here
+  from benchmarks.tasks import Batch, Params, Problem, Task
 
 Options = dict[str, Any]  # scalars
 # What is trained and the state of its optimizer, and whatever else a trainer carries.

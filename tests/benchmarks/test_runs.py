@@ -143,7 +143,7 @@ def test_schedule_is_warm_up_and_cosine(standard_promotion):
 
 def test_fine_tuning_starts_from_a_trained_model(tiny):
   problem = tasks.TASKS[tiny].build(None)
-  init = tasks.pretrained(problem, 'start')
+  init = tasks.pretrained(problem)
   batch = problem.batch(7, 0)
   for seed in 0, 1:
     trained = problem.loss(init(seed), batch)
