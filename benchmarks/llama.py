@@ -4,7 +4,7 @@ RMSNorm before each sub-layer, rotary positions, causal attention, SwiGLU, untie
 embeddings and no biases. Parameters are float32; `dtype` is what the model computes in.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -56,11 +56,30 @@ PRESETS = {
 }
 
 
+def dot_of_rows(
+  x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any
+) -> jax.Array:
+  """`lax.dot_general` of all rows of x at once.
+
+  With more axes than two, the kernel's gradient begins with a transposed copy on CPUs:
+  a fifth of a training step.
+  """
+  del dimensions  # a layer's: the last axis with the first
+  rows = x.reshape(-1, x.shape[-1])
+  y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
+  return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def _linear(
   inputs: int, outputs: int, config: LlamaConfig, rngs: nnx.Rngs
 ) -> nnx.Linear:
   return nnx.Linear(
-    inputs, outputs, use_bias=False, dtype=jnp.dtype(config.dtype), rngs=rngs
+    inputs,
+    outputs,
+    use_bias=False,
+    dtype=jnp.dtype(config.dtype),
+    dot_general=dot_of_rows,
+    rngs=rngs,
   )
 
 

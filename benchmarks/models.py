@@ -4,13 +4,14 @@ In each of them the hidden layers are in `layers`, apart from what reads the inp
 what gives the output, so that one rule tells the contenders which matrices are hidden.
 """
 
+import functools
 import itertools
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from benchmarks.llama import rotate
+from benchmarks.llama import dot_of_rows, rotate
 
 
 class EncoderLayer(nnx.Module):
@@ -18,14 +19,15 @@ class EncoderLayer(nnx.Module):
 
   def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
     self.heads = heads
+    linear = functools.partial(nnx.Linear, dot_general=dot_of_rows, rngs=rngs)
     self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
-    self.query = nnx.Linear(width, width, rngs=rngs)
-    self.key = nnx.Linear(width, width, rngs=rngs)
-    self.value = nnx.Linear(width, width, rngs=rngs)
-    self.output = nnx.Linear(width, width, rngs=rngs)
+    self.query = linear(width, width)
+    self.key = linear(width, width)
+    self.value = linear(width, width)
+    self.output = linear(width, width)
     self.mlp_norm = nnx.LayerNorm(width, rngs=rngs)
-    self.up = nnx.Linear(width, 4 * width, rngs=rngs)
-    self.down = nnx.Linear(4 * width, width, rngs=rngs)
+    self.up = linear(width, 4 * width)
+    self.down = linear(4 * width, width)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     normed = self.attention_norm(x)
