@@ -258,7 +258,8 @@ def _default(**options: Any) -> Contender:
     )
 
   settings = _defaults(bsfa_optax.bsfa_adamw)
-  settings = {name: settings[name] for name in ('nesterov', 'step_length')}
+  names = 'nesterov', 'step_length', 'embedding_scale'
+  settings = {name: settings[name] for name in names}
   settings['filter'] = _defaults(bsfa_optax.scale_by_whitening) | options
   return Contender(nadam, 8e-3, settings, alias=alias)
 

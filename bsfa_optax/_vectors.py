@@ -209,6 +209,7 @@ def block_zeros(layout: Layout, *trailing: int, dtype: Any = np.float32) -> jax.
 
 # Which leaves.
 
+_TABLE = 'table of embeddings'
 _TABLES = re.compile(r'embed|(^|_)emb(_|$)|wte|lookup|vocab')
 _POSITIONS = re.compile(r'(^|_)pos|wpe')
 _NORMS = re.compile(r'norm|^ln(_|\d|f|$)|^bn(_|\d|$)')
@@ -236,7 +237,7 @@ def default_rule(
   known = set(paths)
   by_name = [_by_name(p, s, known) for p, s in zip(paths, shapes, strict=True)]
   tables = zip(shapes, by_name, strict=True)
-  vocabulary = {shape[0] for shape, why in tables if why == 'table of embeddings'}
+  vocabulary = {shape[0] for shape, why in tables if why == _TABLE}
   found = []
   for kind, shape, why in zip(kinds, shapes, by_name, strict=True):
     single = len(shape) == 2 and occurrences[kind] == 1
@@ -264,7 +265,7 @@ def _by_name(path: str, shape: tuple[int, ...], known: set[str]) -> str | None:
   anonymous = own in ('weight', 'w')  # tells no table from a projection
   table = module if anonymous else own
   if len(shape) == 2 and _TABLES.search(table) and not _PROJECTIONS.search(table):
-    return 'table of embeddings' if not _HEADS.search(table) else 'output layer'
+    return _TABLE if not _HEADS.search(table) else 'output layer'
   if any(map(_HEADS.search, (*modules[:1], module, own))):
     return 'output layer'
   # A gate with as many entries as its input gates an MLP; with a few, it picks experts.
@@ -274,6 +275,14 @@ def _by_name(path: str, shape: tuple[int, ...], known: set[str]) -> str | None:
   if len(shape) > 2 and 1 in shape and wide[1] <= _LONGEST_WINDOW:
     return 'convolution of single channels'
   return None
+
+
+def are_tables(tree: Any) -> Any:
+  """For each leaf whether `default_rule` takes it for a table of embeddings."""
+  named = named_leaves(unbox(tree))
+  found = default_rule([name for name, _ in named], [np.shape(x) for _, x in named])
+  tables = [why == _TABLE for _, why in found]
+  return jax.tree.unflatten(jax.tree.structure(tree), tables)
 
 
 def choose(

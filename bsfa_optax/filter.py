@@ -158,14 +158,15 @@ def bsfa_adamw(
   nesterov: bool = True,
   filter: optax.GradientTransformation | None = None,
   step_length: float = 2.8,
+  embedding_scale: float = 3.0,
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW with a filter between Adam's direction and the decoupled weight decay.
 
   The defaults are what trained fastest in our benchmarks: Nesterov's momentum, and the
   whitening, which keeps the norm of each matrix's update. A filtered optimizer bears,
-  and wants, longer steps: of all leaves, those that are not filtered included. They are
-  `step_length` times as long as AdamW's at the same learning rate, weight decay
-  included, so that the best rate of AdamW is about the best one here.
+  and wants, longer steps: `step_length` times as long as AdamW's at the same learning
+  rate, weight decay included, so that the best rate of AdamW is about the best one
+  here. Tables of embeddings want longer ones still: `embedding_scale` times those.
 
   Args:
     learning_rate: a scalar or a schedule, as for `optax.adamw`.
@@ -181,6 +182,9 @@ def bsfa_adamw(
     filter: what filters Adam's direction; `bsfa_optax.scale_by_whitening` by default.
     step_length: what multiplies the learning rate, positive; 1.0 for a filter that does
       not keep the norm.
+    embedding_scale: what multiplies the updates of tables of embeddings, which are told
+      by name as in `bsfa_optax.scale_by_whitening`, but not their weight decay;
+      positive.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
@@ -199,7 +203,9 @@ def bsfa_adamw(
 
     The filter as published, with two levels:
 
-    >>> tx = bsfa_optax.bsfa_adamw(3e-4, filter=bsfa_optax.bsfa(), step_length=1.0)
+    >>> tx = bsfa_optax.bsfa_adamw(
+    ...   3e-4, filter=bsfa_optax.bsfa(), step_length=1.0, embedding_scale=1.0
+    ... )
 
   References:
     Zhou, Wang, Chen, Cheng, `BSFA: Leveraging the Subspace Dichotomy to Accelerate
@@ -217,7 +223,15 @@ def bsfa_adamw(
   direction = optax.scale_by_adam(
     b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
   )
-  return _descent(direction, filter, weight_decay, mask, step_length, learning_rate)
+  return _descent(
+    direction,
+    filter,
+    weight_decay,
+    mask,
+    step_length,
+    embedding_scale,
+    learning_rate,
+  )
 
 
 def bsfa_adafactor(
@@ -232,6 +246,7 @@ def bsfa_adafactor(
   *,
   filter: optax.GradientTransformation | None = None,
   step_length: float = 2.8,
+  embedding_scale: float = 3.0,
 ) -> optax.GradientTransformationExtraArgs:
   """`bsfa_adamw` with a factored second moment: less state than AdamW's.
 
@@ -253,6 +268,7 @@ def bsfa_adafactor(
     mask: which parameters decay; a tree or a function from parameters to one.
     filter: as in `bsfa_adamw`.
     step_length: as in `bsfa_adamw`.
+    embedding_scale: as in `bsfa_adamw`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
@@ -286,7 +302,15 @@ def bsfa_adafactor(
     optax.trace(b1, nesterov=True, accumulator_dtype=mu_dtype),
     optax.scale(1 - b1),
   )
-  return _descent(direction, filter, weight_decay, mask, step_length, learning_rate)
+  return _descent(
+    direction,
+    filter,
+    weight_decay,
+    mask,
+    step_length,
+    embedding_scale,
+    learning_rate,
+  )
 
 
 def _descent(
@@ -295,11 +319,13 @@ def _descent(
   weight_decay: float,
   mask: Any,
   step_length: float,
+  embedding_scale: float,
   learning_rate: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
   filter = scale_by_whitening() if filter is None else filter
   _check.transformation('filter', filter)
   _check.positive_scalar('step_length', step_length)
+  _check.positive_scalar('embedding_scale', embedding_scale)
   _check.multiplier('learning_rate', learning_rate)
   _check.multiplier('weight_decay', weight_decay)
   if isinstance(mask, (str, bytes, int, float)) and not isinstance(mask, bool):
@@ -310,6 +336,7 @@ def _descent(
   tx = optax.chain(
     direction,
     filter,
+    optax.masked(optax.scale(embedding_scale), _vectors.are_tables),
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale(step_length),
     optax.scale_by_learning_rate(learning_rate),

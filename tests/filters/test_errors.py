@@ -400,6 +400,11 @@ for name, value in (('eps', -1), ('eps_root', '0'), ('weight_decay', NAN)):
     lambda name=name, value=value: bsfa_adamw(1e-3, **{name: value}),
     [f'{name} must be finite and non-negative', repr(value), NUMBER],
   )
+for name in ('step_length', 'embedding_scale'):
+  CALLS[f'{name} of adamw'] = (
+    lambda name=name: bsfa_adamw(1e-3, **{name: 0.0}),
+    [f'{name} must be positive', '0.0', 'pass a number above 0'],
+  )
 for name, value in (('b1', 1.5), ('b1', NAN), ('b2', '0.9'), ('b2', -0.1)):
   CALLS[f'{name} of adamw, {value}'] = (
     lambda name=name, value=value: bsfa_adamw(1e-3, **{name: value}),

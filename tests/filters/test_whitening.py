@@ -2,6 +2,7 @@
 
 import functools
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -298,11 +299,14 @@ def test_state_of_a_llama_takes_12_bytes_a_parameter():
 
 @pytest.mark.slow
 def test_the_alias_is_the_chain_it_says():
-  params = {'w': updates_of((4, 6), 1)[0], 'b': jnp.ones(6)}
-  alias = bsfa_optax.bsfa_adamw(1e-2, weight_decay=0.1, step_length=2.0)
+  params = {'w': updates_of((4, 6), 1)[0], 'embedding': jnp.ones((8, 4))}
+  alias = bsfa_optax.bsfa_adamw(
+    1e-2, weight_decay=0.1, step_length=2.0, embedding_scale=3.0
+  )
   chain = optax.chain(
     optax.scale_by_adam(nesterov=True),
     scale_by_whitening(),
+    optax.masked(optax.scale(3.0), {'w': False, 'embedding': True}),
     optax.add_decayed_weights(0.1),
     optax.scale_by_learning_rate(2e-2),
   )
@@ -311,6 +315,26 @@ def test_the_alias_is_the_chain_it_says():
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected
   )
+
+
+def test_tables_of_embeddings_have_longer_steps():
+  params = {
+    'embed': {'embedding': jnp.ones((16, 4))},
+    'wte': {'weight': jnp.ones((16, 4))},
+    'layers': [{'kernel': jnp.ones((4, 6)), 'bias': jnp.ones(6)}],
+    'norm': {'scale': jnp.ones(4)},
+    'head': {'kernel': jnp.ones((4, 16))},
+  }
+
+  def step(params, factor):
+    tx = bsfa_optax.bsfa_adamw(1e-2, weight_decay=0.0, embedding_scale=factor)
+    return jax.jit(lambda tree: tx.update(tree, tx.init(tree), tree)[0])(params)
+
+  for tree in params, jax.tree.map(nnx.Param, params):  # and with Flax's metadata
+    ratios = jax.tree.map(np.divide, step(tree, 3.0), step(tree, 1.0))
+    for path, ratio in jax.tree_util.tree_leaves_with_path(ratios):
+      longer = 'embed' in str(path) or 'wte' in str(path)
+      np.testing.assert_allclose(ratio, 3.0 if longer else 1.0, rtol=1e-5)
 
 
 def test_muon_takes_the_same_leaves(standard_promotion):
