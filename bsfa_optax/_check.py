@@ -1,7 +1,11 @@
-"""Eager checks of options: each error names the option, the value and the remedy."""
+"""Eager checks of options: each error names the option, the value and the remedy.
+
+Options are given by name, as in ``_check.fraction(b1=b1, b2=b2)``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import operator
 from typing import Any
 
@@ -11,6 +15,7 @@ import numpy as np
 
 LARGEST = float(np.finfo(np.float32).max)
 SMALLEST = float(np.finfo(np.float32).tiny)
+NUMBERS = 'or a schedule that returns such numbers'
 
 
 def concrete(value: Any) -> float | None:
@@ -20,120 +25,116 @@ def concrete(value: Any) -> float | None:
   return float(value)
 
 
-def positive_int(name: str, value: Any) -> None:
-  """Raises unless `value` is an integer of at least 1."""
-  try:
-    valid = not isinstance(value, bool) and operator.index(value) >= 1
-  except TypeError:
-    valid = False
-  if not valid:
-    raise ValueError(f'{name} must be a positive integer, got {value!r}.')
+def _must_be(what: str, remedy: str = '', error: type[Exception] = ValueError) -> Any:
+  """Makes a check of options from a test of values; what it cannot test is wrong."""
+
+  def check_of(test: Callable[[Any], Any]) -> Callable[..., None]:
+    def check(**options):
+      for name, value in options.items():
+        try:
+          valid = test(value)
+        except (TypeError, ValueError):
+          valid = False
+        if not valid:
+          raise error(f'{name} must be {what}, got {value!r}{remedy.format(value)}.')
+
+    return check
+
+  return check_of
 
 
-def interval(name: str, value: Any) -> None:
-  """Raises unless `value` is an integer of at least 1, or a schedule of it."""
-  if not callable(value):
-    positive_int(name, value)
+@_must_be('a positive integer')
+def positive_int(value):
+  return not isinstance(value, bool) and operator.index(value) >= 1
 
 
-def fraction(name: str, value: Any) -> None:
-  """Raises unless `value` is a number in [0, 1); arrays are injected options."""
-  if isinstance(value, (jax.Array, np.ndarray)):
-    return
-  if not _is_number(value) or not 0 <= value < 1:
-    raise ValueError(f'{name} must be in [0.0, 1.0), got {value!r}.')
+def interval(**options: Any) -> None:
+  """Raises unless all are integers of at least 1, or schedules of it."""
+  positive_int(**{name: x for name, x in options.items() if not callable(x)})
 
 
-def multiplier(name: str, value: Any) -> None:
-  """Raises unless `value` is a finite scalar >= 0, traced, or a schedule."""
-  if callable(value):
-    return
-  # An estimator or parameters in the wrong place: NumPy may have no shape for it.
-  is_tree = hasattr(value, '_fields') or isinstance(value, dict)
-  if is_tree or np.ndim(value) != 0:
-    shown = type(value).__name__ if is_tree else f'an array of shape {np.shape(value)}'
-    raise ValueError(
-      f'{name} must be a scalar or a schedule, got {shown}; an estimator or a filter'
-      ' goes behind its own keyword, and one number stands for all blocks.'
-    )
-  try:
-    number = concrete(value)  # which would take a string, too
-    valid = not isinstance(value, (str, bytes))
-    valid &= number is None or 0 <= number <= LARGEST
-  except (TypeError, ValueError):
-    valid = False
-  if not valid:
-    raise ValueError(
-      f'{name} must be finite and non-negative, got {value!r}; pass a number of float32'
-      ' or a schedule that returns such numbers.'
-    )
+@_must_be('in [0.0, 1.0)')
+def fraction(value):
+  is_injected = isinstance(value, (jax.Array, np.ndarray))
+  return is_injected or (_is_number(value) and 0 <= value < 1)
 
 
-def positive_scalar(name: str, value: Any) -> None:
-  """Raises unless `value` is a finite scalar > 0, traced, or a schedule."""
-  multiplier(name, value)
+@_must_be('positive')
+def positive(value):  # infinity is
+  return _is_number(value) and value > 0
+
+
+@_must_be('finite and non-negative', f'; pass a number of float32 {NUMBERS}')
+def _nonnegative(value):
+  number = concrete(value)  # which would take a string, too
+  is_text = isinstance(value, (str, bytes))
+  return not is_text and (number is None or 0 <= number <= LARGEST)
+
+
+@_must_be('positive', f'; pass a number above 0 in float32 {NUMBERS}')
+def _above_zero(value):
   number = concrete(value)
-  if number is not None and not number >= SMALLEST:
-    raise ValueError(
-      f'{name} must be positive, got {value!r}; pass a number above 0 in float32 or a'
-      ' schedule that returns such numbers.'
-    )
+  return number is None or number >= SMALLEST
 
 
-def boolean(name: str, value: Any) -> None:
-  """Raises unless `value` is True or False."""
-  if not isinstance(value, (bool, np.bool_)):
-    raise TypeError(f'{name} must be True or False, got {value!r}.')
+def multiplier(**options: Any) -> None:
+  """Raises unless all are finite scalars >= 0, traced, or schedules."""
+  for name, value in options.items():
+    # An estimator or parameters in the wrong place: NumPy may have no shape for it.
+    is_tree = hasattr(value, '_fields') or isinstance(value, dict)
+    if is_tree or np.ndim(value) != 0:
+      array = f'an array of shape {np.shape(value)}'
+      raise ValueError(
+        f'{name} must be a scalar or a schedule, got'
+        f' {type(value).__name__ if is_tree else array}; an estimator or a filter'
+        ' goes behind its own keyword, and one number stands for all blocks.'
+      )
+  _nonnegative(**options)
 
 
-def positive(name: str, value: Any) -> None:
-  """Raises unless `value` is a positive number (infinity included)."""
-  if not _is_number(value) or not value > 0:
-    raise ValueError(f'{name} must be positive, got {value!r}.')
+def positive_scalar(**options: Any) -> None:
+  """Raises unless all are finite scalars > 0, traced, or schedules."""
+  multiplier(**options)
+  _above_zero(**options)
 
 
-def one_of(name: str, value: Any, *choices: str | None) -> None:
-  """Raises unless `value` is one of the choices."""
-  if value not in choices:
-    *others, last = map(repr, choices)
-    raise ValueError(f'{name} must be {", ".join(others)} or {last}, got {value!r}.')
+@_must_be('True or False', error=TypeError)
+def boolean(value):
+  return isinstance(value, (bool, np.bool_))
 
 
-def predicate(leaves: Any) -> None:
-  """Raises unless `leaves` is a function, or None for the default."""
-  if leaves is not None and not callable(leaves):
-    raise TypeError(
-      f'leaves must be a function of a name and a leaf, got {leaves!r}; for instance'
-      " leaves=lambda name, leaf: name.endswith('kernel')."
-    )
+def one_of(*choices: str | None, **options: Any) -> None:
+  """Raises unless all are among the choices."""
+  *others, last = map(repr, choices)
+  _must_be(f'{", ".join(others)} or {last}')(choices.__contains__)(**options)
 
 
-def floating(name: str, value: Any) -> None:
-  """Raises unless `value` is a floating-point dtype or None."""
-  try:
-    valid = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
-  except TypeError:
-    valid = False
-  if not valid:
-    raise ValueError(f'{name} must be a floating-point dtype, got {value!r}.')
+@_must_be(
+  'a function of a name and a leaf',
+  "; for instance leaves=lambda name, leaf: name.endswith('kernel')",
+  TypeError,
+)
+def predicate(value):
+  return value is None or callable(value)
 
 
-def transformation(name: str, value: Any) -> None:
-  """Raises unless `value` has what an Optax transformation has."""
-  if not all(callable(getattr(value, name, None)) for name in ('init', 'update')):
-    raise TypeError(
-      f'{name} must be an optax.GradientTransformation, got {value!r}; call the'
-      ' factory, as in optax.sgd(0.1).'
-    )
+@_must_be('a floating-point dtype')
+def floating(value):
+  return value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
 
 
-def sharding(value: Any) -> None:
-  """Raises unless `value` is a sharding, a partition spec or None."""
-  if not (value is None or isinstance(value, (jax.sharding.Sharding, jax.P))):
-    raise TypeError(
-      'shardings must be of jax.sharding.Sharding, jax.P or None, got'
-      f' {value!r}; write jax.P({value!r}).'
-    )
+@_must_be(
+  'an optax.GradientTransformation',
+  '; call the factory, as in optax.sgd(0.1)',
+  TypeError,
+)
+def transformation(value):
+  return all(callable(getattr(value, name, None)) for name in ('init', 'update'))
+
+
+@_must_be('of jax.sharding.Sharding, jax.P or None', '; write jax.P({!r})', TypeError)
+def sharding(value):
+  return value is None or isinstance(value, (jax.sharding.Sharding, jax.P))
 
 
 def _is_number(value: Any) -> bool:

@@ -21,10 +21,9 @@ def hessian(
   layout: Layout, params: optax.Params, value_fn: Callable[..., jax.Array]
 ) -> Matvec:
   """Products with each block's diagonal block of the Hessian of `value_fn`."""
-  leaves = layout.select(params)
-  gradient = jax.grad(lambda leaves: value_fn(layout.replace(params, leaves)))
-  _, product = jax.linearize(gradient, leaves)  # once: all products share the forward
-  return _block_by_block(layout, lambda v: _cast(product(_cast(v, leaves)), v))
+  # That of Gauss-Newton for a model of which the parameters are the outputs.
+  loss_fn = lambda leaves: value_fn(layout.replace(params, leaves))
+  return gauss_newton(layout, params, layout.select, loss_fn)
 
 
 def gauss_newton(
@@ -35,37 +34,30 @@ def gauss_newton(
 ) -> Matvec:
   """The same for J^T (Hessian of `loss_fn` at the outputs) J."""
   leaves = layout.select(params)
+  # Linearized once: all products share the forward passes.
   outputs, forward = jax.linearize(
     lambda leaves: output_fn(layout.replace(params, leaves)), leaves
   )
   backward = jax.linear_transpose(forward, leaves)
   _, inner = jax.linearize(jax.grad(loss_fn), outputs)
-  return _block_by_block(
-    layout, lambda v: _cast(backward(inner(forward(_cast(v, leaves))))[0], v)
-  )
+  cast = lambda v, like: jax.tree.map(lambda x, p: x.astype(p.dtype), v, like)
 
+  def product(v):
+    (out,) = backward(inner(forward(cast(v, leaves))))
+    return cast(out, v)
 
-def _cast(v: Vector, like: Vector) -> Vector:
-  return jax.tree.map(lambda x, p: x.astype(p.dtype), v, like)
-
-
-def _block_by_block(layout: Layout, matvec: Matvec) -> Matvec:
-  """Products with the diagonal blocks of a matrix, from one with all of it for each."""
-  if layout.count == 1:
-    return matvec
-
-  def products(leaves):
-    zeros = jax.tree.map(jnp.zeros_like, leaves)
+  def products(v):
+    zeros = jax.tree.map(jnp.zeros_like, v)
 
     def add(out, index):
       here = jnp.arange(layout.count) == index
-      product = matvec(_vectors.select(layout, here, leaves, zeros))
-      return _vectors.select(layout, here, product, out), None
+      alone = product(_vectors.select(layout, here, v, zeros))
+      return _vectors.select(layout, here, alone, out), None
 
     # One after another: all at once they would hold the model's activations that often.
     return jax.lax.scan(add, zeros, jnp.arange(layout.count))[0]
 
-  return products
+  return product if layout.count == 1 else products
 
 
 def top_eigenpairs(

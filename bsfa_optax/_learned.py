@@ -49,14 +49,17 @@ class FilterState(NamedTuple):
 
 
 class Observed(NamedTuple):
-  """What `init` of a filter tells."""
+  """What `init` of a filter leaves in the place of its memory for who asks."""
 
-  layout: Layout
   memory: Any
+  layout: Layout
   interval: Any  # see `learned`
 
 
-observers: list[list[Observed]] = []  # to the last of which `init` adds its own
+jax.tree_util.register_pytree_node(
+  Observed, lambda x: (x[:1], x[1:]), lambda static, memory: Observed(*memory, *static)
+)
+observing = jax.make_user_context(False)  # what was traced without is not reused
 
 
 def learned(
@@ -91,8 +94,8 @@ def learned(
     layout = layout_of(params)
     memory = init_memory(layout, params)
     shapes[layout] = _vectors.shapes(memory)  # an update has to trace no second one
-    for observer in observers[-1:]:
-      observer.append(Observed(layout, memory, interval))
+    if observing.value:
+      memory = Observed(memory, layout, interval)
     return FilterState(
       filter_count=jnp.zeros((), jnp.int32),
       skipped_updates=jnp.zeros((), jnp.int32),
@@ -104,7 +107,7 @@ def learned(
     check_state(FilterState, state)
     layout = layout_of(updates)
     if layout not in shapes:  # not made here, or of updates in another dtype
-      memory = jax.eval_shape(lambda params: init_memory(layout, params), updates)
+      memory = jax.eval_shape(functools.partial(init_memory, layout), updates)
       shapes[layout] = _vectors.shapes(memory)
     _vectors.check_shapes(
       state.memory,
@@ -127,7 +130,7 @@ def learned(
       finite &= _vectors.all_finite(layout, shown)
     learner = learner_of(layout)
     if extra_args:  # a loss, for one: new in every call, so there is nothing to save
-      learner = functools.partial(learn, layout, **extra_args)
+      learner = functools.partial(learner, **extra_args)
     # Learnt from before it is filtered, so that the filter knows this update too.
     memory = jax.lax.cond(finite, learner, keep, shown, state.memory, count, params)
     memory = _vectors.keep_replicated(memory)
@@ -139,10 +142,8 @@ def learned(
       (filtered, {measured: numbers.astype(jnp.float32)}, increment(count), skipped),
       (vector, state.measured, count, optax.safe_increment(skipped)),
     )
-    numbers = _vectors.keep_replicated(numbers)
-    return layout.replace(updates, filtered), FilterState(
-      count, skipped, numbers, memory
-    )
+    state = FilterState(count, skipped, _vectors.keep_replicated(numbers), memory)
+    return layout.replace(updates, filtered), state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -310,8 +311,7 @@ def filtered(
   """
   # Written as a change of what f makes of the rest, so that f = 1 gives back the
   # vector to the last bit.
-  base = f(found.rest, jnp.zeros(found.rest.shape, bool))
-  base = jnp.where(found.ready, base, 1)
+  base = jnp.where(found.ready, f(found.rest, jnp.zeros_like(found.ready)), 1)
 
   def change(c, variance, dominant, ready, b):
     multiplier = f(variance, dominant)
@@ -402,19 +402,17 @@ def from_axes(
   axes: Sequence[tuple[int, ...]],
   variance: list[jax.Array],
   dominant: list[jax.Array],
-  *,
-  shared: bool = False,
 ) -> Decomposition:
   """The decomposition along products of basis vectors of some axes of each part.
 
   Args:
     layout: the layout; every part is one block for each batch index.
     vector: the vector.
-    bases: for each part its bases as columns, (*batch, n, n), one for each axis.
+    bases: for each part its bases as columns, (*batch, n, n), one for each axis; or
+      (n, n), the same for the whole batch.
     axes: for each part the axes with a basis.
     variance: for each part relative variances, to broadcast to it.
     dominant: booleans, likewise.
-    shared: whether the bases are the same for the whole batch, (n, n).
 
   Returns:
     The `Decomposition`. A block is ready once any direction has variance; without an
@@ -425,9 +423,7 @@ def from_axes(
     some = bool(own) & (x > 0).any(part.inner_axes)
     return jnp.broadcast_to(some, part.batch_shape).reshape(-1)
 
-  rotated = functools.partial(
-    _vectors.rotate, layout, bases=bases, axes=axes, shared=shared
-  )
+  rotated = functools.partial(_vectors.rotate, layout, bases=bases, axes=axes)
   return Decomposition(
     rotated(vector),
     variance,
@@ -435,7 +431,7 @@ def from_axes(
     # Every direction has a coefficient; the mean stands for the rest, which is empty.
     jnp.ones((layout.count,), np.result_type(*[x.dtype for x in variance])),
     jnp.concatenate(layout.map(known, variance, axes)),
-    spread=functools.partial(_vectors.spread, layout, like=vector),
+    spread=functools.partial(_vectors.spread, layout),
     collect=functools.partial(_vectors.sums, layout),
     synthesize=functools.partial(rotated, inverse=True),
   )

@@ -22,28 +22,16 @@ from bsfa_optax._vectors import accumulator, product, resharded, sharding_of, sp
 BatchAxes = int | Callable[[str, Any], int]
 
 
-def flatten(tree: Any, is_leaf: Any = None) -> tuple[list[str], list[Any], Any]:
-  """Names of leaves, leaves, and the structure of a tree."""
-  flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-  names = [jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in flat]
-  return names, [leaf for _, leaf in flat], treedef
-
-
-def is_box(x: Any) -> bool:
-  """Whether `x` is one of Flax's boxes, around one array."""
-  return _vectors.is_box(x) and len(jax.tree.leaves(x)) == 1
-
-
 def check(rank: Any, leaves: Any, batch_axes: Any) -> None:
   """Raises unless these options of a choice are of the right kind."""
   if not isinstance(rank, float):
-    _check.positive_int('rank', rank)
+    _check.positive_int(rank=rank)
   elif not 0 < rank <= 1:
     raise ValueError(
       'rank must be a positive integer or a share of the shorter side in (0, 1], got'
       f' {rank!r}.'
     )
-  _check.predicate(leaves)
+  _check.predicate(leaves=leaves)
   if not callable(batch_axes) and not (isinstance(batch_axes, int) and batch_axes >= 0):
     raise ValueError(
       'batch_axes must be the number of leading axes that index layers, or a function'
@@ -55,7 +43,7 @@ def ranks(
   params: Any, rank: int | float, leaves: _vectors.Predicate, batch_axes: BatchAxes
 ) -> Any:
   """For each leaf the rank to work with, 0 if it is left alone; a box is a leaf."""
-  names, nodes, treedef = flatten(params, is_box)
+  names, nodes, treedef = _vectors.flatten(params, _vectors.is_box)
   arrays = [jax.tree.leaves(node)[0] for node in nodes]
   count = batch_axes if callable(batch_axes) else lambda name, leaf: batch_axes
   batch = list(map(count, names, arrays))
@@ -92,7 +80,6 @@ def _rank(rank: int | float, name: str, leaf: Any) -> int:
   return rank
 
 
-_SCHEDULES = (optax.ScaleByScheduleState,)
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
@@ -102,11 +89,10 @@ def restarted(old: optax.OptState, new: optax.OptState) -> optax.OptState:
   def choose(old, new):
     if isinstance(old, _INJECTED):
       return old._replace(inner_state=restarted(old.inner_state, new.inner_state))
-    return old if isinstance(old, _SCHEDULES) else new
+    return old if isinstance(old, optax.ScaleByScheduleState) else new
 
-  return jax.tree.map(
-    choose, old, new, is_leaf=lambda x: isinstance(x, _SCHEDULES + _INJECTED)
-  )
+  has_count = lambda x: isinstance(x, (optax.ScaleByScheduleState, *_INJECTED))
+  return jax.tree.map(choose, old, new, is_leaf=has_count)
 
 
 def each_matrix(f: Callable, x: jax.Array) -> Any:
@@ -121,7 +107,7 @@ def each_matrix(f: Callable, x: jax.Array) -> Any:
     return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), results)
 
   x = resharded(x, x, (*spec, None, None))
-  if any(spec) and sharding_of(x, spec) is not None:
+  if any(spec):
     specs = PartitionSpec(*spec)
     return jax.shard_map(local, in_specs=specs, out_specs=specs)(x)
   return local(x)
@@ -146,8 +132,8 @@ def gaussian(key: jax.Array, like: jax.Array, columns: int) -> jax.Array:
   """Normal numbers `(*batch, n, columns)` for `like` of shape `(*batch, m, n)`."""
   *batch, _, short = spec_of(like)
   shape = (*like.shape[:-2], like.shape[-1], columns)
-  normal = jax.random.normal(key, shape, accumulator(like.dtype))
-  return resharded(normal, like, (*batch, short, None))
+  where = sharding_of(like, (*batch, short, None))
+  return jax.random.normal(key, shape, accumulator(like.dtype), out_sharding=where)
 
 
 def top_directions(g: jax.Array, rank: int, key: jax.Array) -> jax.Array:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -39,8 +38,7 @@ class Rows(NamedTuple):
     for i, j in itertools.combinations_with_replacement(range(n), 2):
       products[i][j] = self._contract(self.stacks[i], self.stacks[j])
       products[j][i] = jnp.matrix_transpose(products[i][j])
-    inner = jnp.concatenate([jnp.concatenate(row, axis=2) for row in products], axis=1)
-    return self.scales[:, :, None] * inner * self.scales[:, None]
+    return self.scales[:, :, None] * jnp.block(products) * self.scales[:, None]
 
   def dot(self, other: Vector) -> jax.Array:
     """A B^T for a stack B of q rows, (blocks, n, q)."""
@@ -51,9 +49,8 @@ class Rows(NamedTuple):
     """W A for weights (blocks, q, n), as a stack of q rows."""
     ends = list(itertools.accumulate(stack[0].shape[0] for stack in self.stacks))
     pieces = jnp.split(weights * self.scales[:, None], ends[:-1], axis=2)
-    mixed = functools.partial(_vectors.mix, self.layout)
-    parts = list(map(mixed, pieces, self.stacks))
-    return [functools.reduce(operator.add, leaf) for leaf in zip(*parts, strict=True)]
+    parts = list(map(functools.partial(_vectors.mix, self.layout), pieces, self.stacks))
+    return [functools.reduce(jnp.add, leaf) for leaf in zip(*parts, strict=True)]
 
 
 def gram_svd(a: Rows, rank: int) -> tuple[jax.Array, Vector]:

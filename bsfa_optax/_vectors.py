@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import itertools
 import math
 import re
 import string
@@ -75,10 +74,8 @@ class Block(NamedTuple):
   """Parts with one dominant subspace for each index of their batch axes."""
 
   names: tuple[str, ...]  # of its rows
-  parts: tuple[int, ...]  # positions among `Layout.parts`
-  batch_shape: tuple[int, ...]
+  parts: tuple[int, ...]  # positions among `Layout.parts`, of one batch shape
   size: int  # entries in one block of the batch
-  rows: range  # where the blocks stand in a `(Layout.count, ...)` array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +95,12 @@ class Layout:
   @property
   def count(self) -> int:
     """Number of blocks, every batch index counted."""
-    return self.blocks[-1].rows.stop if self.blocks else 0
+    return len(self.names)
 
   @property
   def sizes(self) -> list[int]:
     """Number of parameters in each of the `count` blocks."""
-    return [b.size for b in self.blocks for _ in range(math.prod(b.batch_shape))]
+    return [block.size for block in self.blocks for _ in block.names]
 
   @property
   def names(self) -> list[str]:
@@ -113,9 +110,7 @@ class Layout:
   @property
   def dtype(self) -> Any:
     """The dtype of numbers of blocks: that of the widest leaf, at least float32."""
-    leaves = [leaf for part in self.parts for leaf in part.leaves]
-    # Widened one by one: NumPy has no dtype for bfloat16 and float16 together.
-    return np.result_type(np.float32, *[accumulator(leaf.dtype) for leaf in leaves])
+    return accumulator(*[leaf.dtype for part in self.parts for leaf in part.leaves])
 
   def map(self, f: Callable[..., Any], *vectors: Sequence[Any]) -> list[Any]:
     """``f(part, x, ...)`` for each part and what the vectors have of it."""
@@ -146,19 +141,18 @@ class Layout:
     dtype = np.result_type(*[x.dtype for x in values])
     # In one dtype, for one all-reduce; small numbers, unlike the parts themselves.
     values = self.sum_over_shards([x.astype(dtype) for x in values])
-    found = []
-    for block in self.blocks:
-      total = functools.reduce(jnp.add, [values[i] for i in block.parts])
-      found.append(total.reshape((-1, *total.shape[len(block.batch_shape) :])))
-    return jnp.concatenate(found)
+    flat = lambda part, x: x.reshape(-1, *x.shape[len(part.batch_axes) :])
+    rows = self.map(flat, values)
+    owned = [[rows[i] for i in block.parts] for block in self.blocks]
+    return jnp.concatenate([functools.reduce(jnp.add, own) for own in owned])
 
   def scatter(self, values: jax.Array) -> Vector:
     """Splits `(count, ...)` into a `(*batch, ...)` array for each part."""
     out: list[Any] = [None] * len(self.parts)
-    for block in self.blocks:
-      own = values[block.rows.start : block.rows.stop]
+    ends = np.cumsum([len(block.names) for block in self.blocks])
+    for block, own in zip(self.blocks, jnp.split(values, ends[:-1]), strict=True):
       for i in block.parts:
-        out[i] = own.reshape(block.batch_shape + values.shape[1:])
+        out[i] = own.reshape(self.parts[i].batch_shape + values.shape[1:])
     return out
 
   def sum_over_shards(self, values: Sequence[Any]) -> list[Any]:
@@ -168,24 +162,16 @@ class Layout:
       values: for each part an array or a tree of arrays.
 
     Returns:
-      The sums. The parts split in the same way share one all-reduce.
+      The sums.
     """
-    out = list(values)
-    # A dictionary, which has an order: all processes must reduce in the same one.
-    for axes in {part.split: None for part in self.parts if part.split}:
-      members = [i for i, part in enumerate(self.parts) if part.split == axes]
-      totals = lax.psum([out[i] for i in members], axes)
-      for i, total in zip(members, totals, strict=True):
-        out[i] = total
-    return out
+    total = lambda part, x: lax.psum(x, part.split) if part.split else x
+    return self.map(total, values)
 
 
 def _stack(values: Sequence[jax.Array]) -> jax.Array:
   """Leaves alike behind a new first axis, sharded as the first of them."""
   dtypes = {x.dtype for x in values}
-  if len(dtypes) > 1:  # NumPy has none for both halves
-    dtypes = {accumulator(x) for x in dtypes}
-  dtype = np.result_type(*dtypes)
+  dtype = accumulator(*dtypes) if len(dtypes) > 1 else values[0].dtype
   return jnp.stack([like(x.astype(dtype), values[0]) for x in values])
 
 
@@ -279,9 +265,8 @@ def _by_name(path: str, shape: tuple[int, ...], known: set[str]) -> str | None:
 
 def are_tables(tree: Any) -> Any:
   """For each leaf whether `default_rule` takes it for a table of embeddings."""
-  named = named_leaves(unbox(tree))
-  found = default_rule([name for name, _ in named], [np.shape(x) for _, x in named])
-  tables = [why == _TABLE for _, why in found]
+  names, leaves, _ = flatten(unbox(tree))
+  tables = [why == _TABLE for _, why in default_rule(names, [*map(np.shape, leaves)])]
   return jax.tree.unflatten(jax.tree.structure(tree), tables)
 
 
@@ -306,7 +291,7 @@ def choose(
             ' index layers or experts, and a single matrix needs none.'
           )
     return found
-  _check.predicate(leaves)
+  _check.predicate(leaves=leaves)
   verdicts = [bool(leaves(n, x)) for n, x in zip(names, arrays, strict=True)]
   return [(v, 'leaves' if v else 'not in leaves') for v in verdicts]
 
@@ -345,8 +330,7 @@ def layout(
       that is none, or labels that are no strings.
   """
   tree = unbox(params)
-  names = [name for name, _ in named_leaves(tree)]
-  arrays = jax.tree.leaves(tree)
+  names, arrays, _ = flatten(tree)
   specs = broadcast(batch_axes, tree, is_axes, 'batch_axes')
   batch = [
     _resolved(*each, 'batch_axes') or ()
@@ -377,6 +361,20 @@ def layout(
   return Layout(tuple(found), parts, _blocks(parts, label_of))
 
 
+def layouts_with_factors(
+  leaves: Predicate, axes: Axes, batch_axes: Axes, axis_name: str | Sequence[str] | None
+) -> Callable[[Any], Layout]:
+  """`layout` with these options, for filters with a factor for some axes of a leaf."""
+  return functools.partial(
+    layout,
+    leaves=leaves,
+    axes=axes,
+    batch_axes=batch_axes,
+    axis_name=axis_name,
+    stacked=True,
+  )
+
+
 def _kind(leaf: Leaf) -> tuple[Any, ...]:
   """What leaves have in common that may be stacked."""
   path = re.sub(r'\d+', '#', leaf.name)
@@ -388,10 +386,8 @@ def _part(leaves: tuple[Leaf, ...], stacked: bool) -> Part:
   shape = (len(leaves),) * new + first.shape
   batch_axes = (0,) * new + tuple(axis + new for axis in first.batch_axes)
   inner_axes = tuple(axis for axis in range(len(shape)) if axis not in batch_axes)
-  own = [range(first.shape[axis]) for axis in first.batch_axes]
-  tails = [
-    '[' + ','.join(map(str, i)) + ']' if i else '' for i in itertools.product(*own)
-  ]
+  own = [first.shape[axis] for axis in first.batch_axes]
+  tails = [f'[{",".join(map(str, i))}]' if i else '' for i in np.ndindex(*own)]
   shards = math.prod(map(jax.lax.axis_size, first.split))
   return Part(
     leaves,
@@ -424,10 +420,8 @@ def _blocks(parts: tuple[Part, ...], label_of: list[str | None]) -> tuple[Block,
     names = first.names
     if isinstance(label, str):
       names = tuple(label + name.removeprefix(first.leaves[0].name) for name in names)
-    start = blocks[-1].rows.stop if blocks else 0
-    rows = range(start, start + math.prod(first.batch_shape))
     size = sum(parts[i].size for i in members)
-    blocks.append(Block(names, tuple(members), first.batch_shape, size, rows))
+    blocks.append(Block(names, tuple(members), size))
   return tuple(blocks)
 
 
@@ -477,7 +471,8 @@ def _factored(
 
 def check_arrays(params: Any) -> None:
   """Raises a TypeError with a remedy if a leaf is neither an array nor a number."""
-  for name, x in named_leaves(unbox(params)):
+  names, arrays, _ = flatten(unbox(params))
+  for name, x in zip(names, arrays, strict=True):
     _dtype(name, x, filtered=False)
 
 
@@ -536,8 +531,6 @@ def broadcast(spec: Any, tree: Any, is_leaf: Callable, option: str) -> list[Any]
 
 def _split_axes(name: str, leaf: Any, axis_names: tuple[str, ...]) -> tuple[str, ...]:
   """Those of `axis_names` that split a leaf: it varies over no others."""
-  if jax.sharding.get_abstract_mesh().empty:  # within jax.shard_map there is one
-    return ()
   varying = varying_axes(leaf)
   if rest := varying.difference(axis_names):
     raise ValueError(
@@ -545,30 +538,29 @@ def _split_axes(name: str, leaf: Any, axis_names: tuple[str, ...]) -> tuple[str,
       ' replicated parameters over them first (jax.lax.pmean); if they split the'
       ' parameters, name them in axis_name.'
     )
-  split = []
-  for axis in axis_names:
-    try:
-      checked = varying_axes(jax.lax.axis_index(axis))
-    except NameError:  # not in a function mapped over this axis
-      continue
-    if axis in varying or not checked:
-      split.append(axis)
-  return tuple(split)
+  mapped = jax.sharding.get_abstract_mesh().manual_axes  # those of jax.shard_map
+  checked = lambda axis: varying_axes(lax.axis_index(axis))
+  return tuple(
+    axis
+    for axis in axis_names
+    if axis in mapped and (axis in varying or not checked(axis))
+  )
 
 
 # Trees of parameters, of Flax or not.
 
 
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-  """The leaves of a tree with their paths, such as ``'layers/0/kernel'``."""
-  found = jax.tree_util.tree_leaves_with_path(tree)
-  name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
-  return [(name(path), x) for path, x in found]
+def flatten(tree: Any, is_leaf: Any = None) -> tuple[list[str], list[Any], Any]:
+  """Paths of leaves, such as ``'layers/0/kernel'``, leaves, and a tree's structure."""
+  flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+  names = [jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in flat]
+  return names, [leaf for _, leaf in flat], structure
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   """The shapes of a tree's leaves by their paths, in boxes of Flax or not."""
-  return {name: jnp.shape(x) for name, x in named_leaves(unbox(tree))}
+  names, leaves, _ = flatten(unbox(tree))
+  return dict(zip(names, map(jnp.shape, leaves), strict=True))
 
 
 def check_shapes(
@@ -590,20 +582,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
 
 
 def is_box(node: Any) -> bool:
-  """Whether `node` is Flax metadata around a leaf (Variable or Partitioned)."""
-  return hasattr(node, 'add_axis')
+  """Whether `node` is Flax metadata around one leaf (Variable or Partitioned)."""
+  return hasattr(node, 'add_axis') and len(jax.tree.leaves(node)) == 1
 
 
 def unbox(tree: Any) -> Any:
   """Drops Flax metadata: every box becomes the leaf in it."""
-
-  def inner(node):
-    if not is_box(node):
-      return node
-    leaves = jax.tree.leaves(node)
-    return leaves[0] if leaves else optax.MaskedNode()
-
-  return jax.tree.map(inner, tree, is_leaf=is_box)
+  bare = lambda node: jax.tree.leaves(node)[0] if is_box(node) else node
+  return jax.tree.map(bare, tree, is_leaf=is_box)
 
 
 def zeros(params: Any, layout: Layout, rows: int, dtype: Any = None) -> Any:
@@ -612,17 +598,16 @@ def zeros(params: Any, layout: Layout, rows: int, dtype: Any = None) -> Any:
   Leaves in no block become `optax.MaskedNode`. Flax metadata is kept, with a
   leading unsharded axis. For layouts whose parts are single leaves.
   """
-  position = iter(range(len(layout.leaves)))
 
-  def make(node):
-    if not jax.tree.leaves(node) or not layout.leaves[next(position)].filtered:
-      return optax.MaskedNode()
-    boxed = jax.tree.map(
-      lambda p: jnp.broadcast_to(jnp.zeros_like(p, dtype), (rows, *jnp.shape(p))), node
-    )
-    return Stack(_add_row_axis(boxed))
+  def stack(p):
+    return jnp.broadcast_to(jnp.zeros_like(p, dtype), (rows, *jnp.shape(p)))
 
-  return jax.tree.map(make, params, is_leaf=is_box)
+  make = lambda node: Stack(_add_row_axis(jax.tree.map(stack, node)))
+  _, nodes, structure = flatten(params, is_box)
+  return structure.unflatten(
+    make(node) if leaf.filtered else optax.MaskedNode()
+    for leaf, node in zip(layout.leaves, nodes, strict=True)
+  )
 
 
 def _add_row_axis(node: Any) -> Any:
@@ -640,9 +625,10 @@ def _add_row_axis(node: Any) -> Any:
 # Precision and shardings.
 
 
-def accumulator(dtype: Any) -> Any:
-  """The dtype in which contractions over a leaf of `dtype` accumulate."""
-  return np.promote_types(dtype, np.float32)
+def accumulator(*dtypes: Any) -> Any:
+  """The dtype in which contractions over leaves of these dtypes accumulate."""
+  # One by one: NumPy has no dtype for bfloat16 and float16 together.
+  return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
 
 def sharding_of(x: jax.Array, spec: Any) -> NamedSharding | None:
@@ -655,8 +641,7 @@ def sharding_of(x: jax.Array, spec: Any) -> NamedSharding | None:
 
 def spec_of(x: jax.Array) -> tuple[Any, ...]:
   """The partition of every axis of `x` on an explicit mesh (else None)."""
-  spec = tuple(jax.typeof(x).sharding.spec)
-  return spec + (None,) * (x.ndim - len(spec))
+  return tuple(jax.typeof(x).sharding.spec)
 
 
 def resharded(x: jax.Array, like: jax.Array, spec: Sequence[Any]) -> jax.Array:
@@ -684,10 +669,7 @@ def like(x: jax.Array, other: jax.Array) -> jax.Array:
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
   """The manual mesh axes along which `x` differs; none with ``check_vma=False``."""
-  kind = jax.typeof(x)
-  if hasattr(kind, 'manual_axis_type'):
-    return kind.manual_axis_type.varying
-  return getattr(kind, 'vma', frozenset())
+  return jax.typeof(x).manual_axis_type.varying
 
 
 def keep_replicated(state: Any) -> Any:
@@ -726,7 +708,7 @@ def product(
   """
   # Full precision, unless told otherwise: in TF32 or bfloat16, which accelerators take
   # by default, the rounding of a Gram matrix would pass for directions.
-  dtype = np.promote_types(accumulator(x.dtype), accumulator(y.dtype))
+  dtype = accumulator(x.dtype, y.dtype)
   if x.dtype != y.dtype:
     x, y = x.astype(dtype), y.astype(dtype)
   first, second, output = re.split(',|->', subscripts)
@@ -755,7 +737,7 @@ def _by_rows(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   products is fused. The compiler would also take a slice of a wide copy of the stack,
   and that out of the loop: hence the bits and the barrier.
   """
-  dtype = np.promote_types(accumulator(a.dtype), accumulator(b.dtype))
+  dtype = accumulator(a.dtype, b.dtype)
 
   def row(x, i):
     bits = lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
@@ -790,11 +772,11 @@ def multiply(
 ) -> jax.Array:
   """The fibres of `x` along an axis times a matrix, `(*batch, n, n)`, or its transpose.
 
-  Of the shape and sharding of `x`, in the accumulators' dtype. The platform's own
-  precision is None.
+  A matrix `(n, n)` is the same for the whole batch. The product has the shape and
+  sharding of `x`, in the accumulators' dtype. The platform's own precision is None.
   """
   x = x.astype(accumulator(x.dtype))
-  letters, batch = _letters(x.ndim, batch_axes)
+  letters, batch = _letters(x.ndim, batch_axes if matrix.ndim > 2 else ())
   own, new = letters[axis], letters.replace(letters[axis], 'z')
   subscripts = f'{letters},{batch}{f"z{own}" if inverse else f"{own}z"}->{new}'
   return product(subscripts, x, matrix.astype(x.dtype), spec_of(x), precision)
@@ -824,20 +806,13 @@ def along(values: jax.Array, axes: tuple[int, ...], ndim: int) -> jax.Array:
   return jnp.expand_dims(values, tuple(i for i in range(ndim) if i not in axes))
 
 
-def expand(values: jax.Array, like: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """`along`, with the sharding that `like` has on the axes."""
-  spec = [s if i in axes else None for i, s in enumerate(spec_of(like))]
-  return resharded(along(values, axes, like.ndim), like, spec)
-
-
 # On vectors.
 
 
-def spread(layout: Layout, values: jax.Array, like: Vector) -> Vector:
+def spread(layout: Layout, values: jax.Array) -> Vector:
   """Numbers of blocks, `(blocks,)`, to broadcast to the arrays of a vector."""
-  return layout.map(
-    lambda part, x, own: expand(own, x, part.batch_axes), like, layout.scatter(values)
-  )
+  expand = lambda part, own: jnp.expand_dims(own, part.inner_axes)
+  return layout.map(expand, layout.scatter(values))
 
 
 def sums(layout: Layout, vector: Vector) -> jax.Array:
@@ -872,12 +847,9 @@ def mix(layout: Layout, weights: jax.Array, stacks: Vector) -> Vector:
     w = w.astype(accumulator(x.dtype))
     if x.dtype != w.dtype:  # a sum is fused, where a product would copy the rows
       w = jnp.moveaxis(w, (-1, -2), (0, 1))
-      own = (0, *(1 + axis for axis in part.batch_axes))
-      terms = [
-        expand(a, x[:1], own) * row[None].astype(w.dtype)
-        for a, row in zip(w, x, strict=True)
-      ]
-      return functools.reduce(jnp.add, terms)
+      w = jnp.expand_dims(w, tuple(2 + axis for axis in part.inner_axes))
+      rows = [row[None].astype(w.dtype) for row in x]
+      return functools.reduce(jnp.add, map(jnp.multiply, w, rows))
     axes, batch = _letters(len(part.shape), part.batch_axes)
     split = [spec_of(x)[1 + axis] for axis in part.batch_axes]
     # A batch axis of a product has to be split alike in both factors.
@@ -893,7 +865,6 @@ def rotate(
   bases: Sequence[Sequence[jax.Array]],
   axes: Sequence[tuple[int, ...]],
   *,
-  shared: bool = False,
   inverse: bool = False,
 ) -> Vector:
   """Coefficients of a vector in orthonormal bases of some axes of its parts.
@@ -901,9 +872,9 @@ def rotate(
   Args:
     layout: the layout.
     vector: the vector.
-    bases: for each part a basis as columns, `(*batch, n, n)`, for each of its `axes`.
+    bases: for each part a basis as columns, `(*batch, n, n)`, for each of its `axes`;
+      or `(n, n)`, the same for the whole batch.
     axes: for each part the axes to rotate.
-    shared: whether a basis is the same for the whole batch, `(n, n)`.
     inverse: back from coefficients.
 
   Returns:
@@ -911,9 +882,8 @@ def rotate(
   """
 
   def rotated(part, x, own_bases, own_axes):
-    batch_axes = () if shared else part.batch_axes
     for axis, basis in zip(own_axes, own_bases, strict=True):
-      x = multiply(x, basis, axis, batch_axes, inverse=inverse)
+      x = multiply(x, basis, axis, part.batch_axes, inverse=inverse)
     return x.astype(accumulator(x.dtype))
 
   return layout.map(rotated, vector, bases, axes)
@@ -921,13 +891,13 @@ def rotate(
 
 def scale(layout: Layout, vector: Vector, factors: jax.Array) -> Vector:
   """Every block times its factor, `(blocks,)`."""
-  by_part = spread(layout, factors, vector)
-  return jax.tree.map(lambda x, s: x * s.astype(x.dtype), vector, by_part)
+  times = lambda x, factor: x * factor.astype(x.dtype)
+  return jax.tree.map(times, vector, spread(layout, factors))
 
 
 def select(layout: Layout, which: jax.Array, new: Vector, old: Vector) -> Vector:
   """The blocks of `new` where `which`, `(blocks,)`, is true, else those of `old`."""
-  return jax.tree.map(jnp.where, spread(layout, which, new), new, old)
+  return jax.tree.map(jnp.where, spread(layout, which), new, old)
 
 
 def with_norm_of(
@@ -995,18 +965,17 @@ def by_size(
   for n in sorted({x.shape[-1] for x in matrices}):
     members = [i for i, x in enumerate(matrices) if x.shape[-1] == n]
     batch = jnp.concatenate([matrices[i].reshape(-1, n, n) for i in members])
-    if mesh_axis is None:
-      found = _in_portions(function, batch)
-    else:
-      found = _distributed(functools.partial(_in_portions, function), batch, mesh_axis)
+    solve = functools.partial(_in_portions, function)
+    if mesh_axis is not None:
+      solve = functools.partial(_distributed, solve, mesh_axis)
+    found = solve(batch)
     start = 0
     for i in members:
       shape = matrices[i].shape[:-2]
-      stop = start + math.prod(shape)
-      out[i] = jax.tree.map(
-        lambda x, a=start, b=stop, s=shape: x[a:b].reshape(*s, *x.shape[1:]), found
-      )
-      start = stop
+      rows = slice(start, start + math.prod(shape))
+      own = lambda x, r=rows, s=shape: x[r].reshape(*s, *x.shape[1:])
+      out[i] = jax.tree.map(own, found)
+      start = rows.stop
   return out
 
 
@@ -1018,7 +987,7 @@ def _in_portions(function: Callable, batch: jax.Array) -> Any:
   return lax.map(single, batch, batch_size=portion)
 
 
-def _distributed(function: Callable, batch: jax.Array, mesh_axis: str) -> Any:
+def _distributed(function: Callable, mesh_axis: str, batch: jax.Array) -> Any:
   """`function(batch)`, of which each device along a mesh axis makes its share."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh_axis not in mesh.axis_names:

@@ -101,11 +101,10 @@ def bsfa(
     Zhou, Wang, Chen, Cheng, `BSFA: Leveraging the Subspace Dichotomy to Accelerate
     Neural Network Training <https://arxiv.org/abs/2510.25244>`_, 2025
   """
-  _check.multiplier('alpha', alpha)
-  _check.multiplier('gamma', gamma)
-  _check.boolean('grafting', grafting)
+  _check.multiplier(alpha=alpha, gamma=gamma)
+  _check.boolean(grafting=grafting)
   if exponent is not None:
-    _check.multiplier('exponent', exponent)
+    _check.multiplier(exponent=exponent)
     low, high = _check.concrete(alpha), _check.concrete(gamma)
     if low is not None and high is not None and low > high:
       raise ValueError(
@@ -214,12 +213,10 @@ def bsfa_adamw(
     Loshchilov and Hutter, `Decoupled Weight Decay Regularization
     <https://arxiv.org/abs/1711.05101>`_, 2019
   """
-  _check.fraction('b1', b1)
-  _check.fraction('b2', b2)
-  _check.multiplier('eps', eps)
-  _check.multiplier('eps_root', eps_root)
-  _check.floating('mu_dtype', mu_dtype)
-  _check.boolean('nesterov', nesterov)
+  _check.fraction(b1=b1, b2=b2)
+  _check.multiplier(eps=eps, eps_root=eps_root)
+  _check.floating(mu_dtype=mu_dtype)
+  _check.boolean(nesterov=nesterov)
   direction = optax.scale_by_adam(
     b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
   )
@@ -289,11 +286,11 @@ def bsfa_adafactor(
     Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
     <https://arxiv.org/abs/1804.04235>`_, 2018
   """
-  _check.fraction('b1', b1)
-  _check.multiplier('decay_rate', decay_rate)
-  _check.positive_scalar('clipping_threshold', clipping_threshold)
-  _check.positive_int('min_dim_size_to_factor', min_dim_size_to_factor)
-  _check.floating('mu_dtype', mu_dtype)
+  _check.fraction(b1=b1)
+  _check.multiplier(decay_rate=decay_rate)
+  _check.positive_scalar(clipping_threshold=clipping_threshold)
+  _check.positive_int(min_dim_size_to_factor=min_dim_size_to_factor)
+  _check.floating(mu_dtype=mu_dtype)
   direction = optax.chain(
     optax.scale_by_factored_rms(
       decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor
@@ -323,11 +320,9 @@ def _descent(
   learning_rate: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
   filter = scale_by_whitening() if filter is None else filter
-  _check.transformation('filter', filter)
-  _check.positive_scalar('step_length', step_length)
-  _check.positive_scalar('embedding_scale', embedding_scale)
-  _check.multiplier('learning_rate', learning_rate)
-  _check.multiplier('weight_decay', weight_decay)
+  _check.transformation(filter=filter)
+  _check.positive_scalar(step_length=step_length, embedding_scale=embedding_scale)
+  _check.multiplier(learning_rate=learning_rate, weight_decay=weight_decay)
   if isinstance(mask, (str, bytes, int, float)) and not isinstance(mask, bool):
     raise TypeError(
       f'mask must be a tree of booleans or a function to one, got {mask!r}; as in'
@@ -409,9 +404,7 @@ def accelerate(
     Neural Network Training <https://arxiv.org/abs/2510.25244>`_, 2025
   """
   filter = bsfa() if filter is None else filter
-  _check.transformation('base_optimizer', base_optimizer)
-  _check.transformation('filter', filter)
-  _check.transformation('history', history)
+  _check.transformation(base_optimizer=base_optimizer, filter=filter, history=history)
   base, source, last = map(
     optax.with_extra_args_support, (base_optimizer, history, filter)
   )
@@ -421,12 +414,13 @@ def accelerate(
 
   def update(updates, state, params=None, **extra):
     _learned.check_state(AccelerateState, state)
-    seen, source_state = source.update(updates, state.history_state, params, **extra)
-    updates, base_state = base.update(updates, state.base_state, params, **extra)
-    updates, filter_state = last.update(
-      updates, state.filter_state, params, history=seen, **extra
+    base_state, source_state, last_state = state
+    seen, source_state = source.update(updates, source_state, params, **extra)
+    updates, base_state = base.update(updates, base_state, params, **extra)
+    updates, last_state = last.update(
+      updates, last_state, params, history=seen, **extra
     )
-    return updates, AccelerateState(base_state, source_state, filter_state)
+    return updates, AccelerateState(base_state, source_state, last_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -505,37 +499,33 @@ def interpolated(
     Zakarin, Singh, `Accelerating Neural Network Training Along Sharp and Flat
     Directions <https://arxiv.org/abs/2505.11972>`_, 2025
   """
-  _check.transformation('base_optimizer', base_optimizer)
-  _check.fraction('threshold', threshold)
-  _check.fraction('decay', decay)
+  _check.transformation(base_optimizer=base_optimizer)
+  _check.fraction(threshold=threshold, decay=decay)
   chosen = kronecker() if estimator is None else estimator
-  filter_: Any = bsfa(alpha, gamma, estimator=chosen)
+  inner: Any = bsfa(alpha, gamma, estimator=chosen)
 
   def init(params):
-    state = filter_.init(params)
-    fraction = state.measured['dominant_fraction']
-    return InterpolatedState(
-      jnp.zeros_like(fraction), jnp.zeros_like(fraction, bool), state
-    )
+    state = inner.init(params)
+    none = jnp.zeros_like(state.measured['dominant_fraction'])
+    return InterpolatedState(none, none.astype(bool), state)
 
   def update(updates, state, params=None, **extra_args):
     _learned.check_state(InterpolatedState, state)
-    filtered, inner = filter_.update(updates, state.filter_state, params, **extra_args)
-    fraction = inner.measured['dominant_fraction']
+    filtered, new = inner.update(updates, state.filter_state, params, **extra_args)
+    fraction = new.measured['dominant_fraction']
     average = decay * state.average_fraction + (1 - decay) * fraction
     # An update that passed through, not finite, has told nothing.
-    skipped = inner.skipped_updates != state.filter_state.skipped_updates
+    skipped = new.skipped_updates != state.filter_state.skipped_updates
     average = jnp.where(skipped, state.average_fraction, average)
     on = state.switched_on | (average > threshold)
     layout = chosen.layout(updates)
     if layout.count:
-      new, old = layout.select(filtered), layout.select(updates)
-      filtered = layout.replace(filtered, _vectors.select(layout, on, new, old))
-    return filtered, InterpolatedState(average, on, inner)
+      both = layout.select(filtered), layout.select(updates)
+      filtered = layout.replace(filtered, _vectors.select(layout, on, *both))
+    return filtered, InterpolatedState(average, on, new)
 
-  return optax.chain(
-    base_optimizer, optax.GradientTransformationExtraArgs(init, update)
-  )
+  filter = optax.GradientTransformationExtraArgs(init, update)
+  return optax.chain(base_optimizer, filter)
 
 
 class SplitState(NamedTuple):
@@ -609,8 +599,7 @@ def split_by_subspace(
     <https://arxiv.org/abs/2411.07837>`_, 2024
   """
   _learned.check_estimator(estimator)
-  _check.transformation('dominant', dominant)
-  _check.transformation('bulk', bulk)
+  _check.transformation(dominant=dominant, bulk=bulk)
   inside, outside = map(optax.with_extra_args_support, (dominant, bulk))
 
   # Bulk-SGD's filter leaves the bulk; what it takes away is dominant.
@@ -619,21 +608,15 @@ def split_by_subspace(
   def init(params):
     return SplitState(projector.init(params), inside.init(params), outside.init(params))
 
-  def update(updates, state, params=None, **extra_args):
+  def update(updates, state, params=None, **extra):
     _learned.check_state(SplitState, state)
-    rest, projector_state = projector.update(
-      updates, state.projector_state, params, **extra_args
-    )
+    old, first, second = state
+    rest, new = projector.update(updates, old, params, **extra)
     # Of an update that is not finite, which passed through, the difference is NaN.
-    skipped = projector_state.skipped_updates != state.projector_state.skipped_updates
+    skipped = new.skipped_updates != old.skipped_updates
     projected = jax.tree.map(lambda v, r: jnp.where(skipped, 0, v - r), updates, rest)
-    first, dominant_state = inside.update(
-      projected, state.dominant_state, params, **extra_args
-    )
-    second, bulk_state = outside.update(rest, state.bulk_state, params, **extra_args)
-    return (
-      jax.tree.map(jnp.add, first, second),
-      SplitState(projector_state, dominant_state, bulk_state),
-    )
+    projected, first = inside.update(projected, first, params, **extra)
+    rest, second = outside.update(rest, second, params, **extra)
+    return jax.tree.map(jnp.add, projected, rest), SplitState(new, first, second)
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import math
-import operator
 import sys
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import numpy as np
 import optax
 
 from bsfa_optax import _check, _matrices, _vectors
-from bsfa_optax._vectors import accumulator, product, resharded, spec_of
+from bsfa_optax._vectors import accumulator, like, product, resharded, spec_of
 
 
 class _SST(NamedTuple):
@@ -110,7 +109,7 @@ def lora(rank: int | float, *, scale: float = 1.0, column_norm: bool = False) ->
     Huang, Shen, Zhu, Rudinac, Kanoulas, `Gradient Weight-normalized Low-rank Projection
     for Efficient LLM Training <https://arxiv.org/abs/2412.19616>`_, 2024
   """
-  _check.positive('scale', scale)
+  _check.positive(scale=scale)
   return _LoRA(rank, float(scale), column_norm, restart=False)
 
 
@@ -147,7 +146,6 @@ def relora(
 
 _static = functools.partial(dataclasses.field, metadata={'static': True})
 _times = functools.partial(product, precision=None)  # that of the model
-_exactly = functools.partial(jax.default_matmul_precision, 'highest')
 
 
 class Spectrum(NamedTuple):
@@ -185,6 +183,8 @@ class FrozenSpectrum:
   draws_per_svd: int = _static()
   enhanced: bool = _static()
 
+  shape = property(lambda self: (*self.u.shape[:-1], self.v.shape[-2]))
+
   def one_hot(self, dtype: Any) -> jax.Array:
     """The drawn columns of the identity as rows, (*batch, rank, k)."""
     return jax.nn.one_hot(self.drawn, self.u.shape[-1], dtype=dtype)
@@ -211,21 +211,20 @@ class FrozenFactors:
 
   Attributes:
     w: W0, ``(*batch, m, n)``.
-    squares: sums over the columns of W0 of its squares ``(*batch, n)``, or None where
-      norms are free.
     scale: what multiplies the product of the factors.
     restart: whether `renew` adds the product to W0 and starts the factors anew.
   """
 
   w: Any
-  squares: Any
   scale: float = _static()
   restart: bool = _static()
+
+  shape = property(lambda self: tuple(self.w.shape))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class LowRankArray:
+class LowRankArray(np.lib.mixins.NDArrayOperatorsMixin):
   """A matrix that becomes dense where it is used, and no sooner.
 
   It stands for an array in ``x @ w``, ``jnp`` functions, arithmetic, ``w[...]``,
@@ -253,12 +252,7 @@ class LowRankArray:
   trained: Any
   frozen: Any
 
-  @property
-  def shape(self) -> tuple[int, ...]:
-    if isinstance(self.trained, Spectrum):
-      return (*self.trained.u.shape[:-1], self.trained.v.shape[-2])
-    return tuple(self.frozen.w.shape)
-
+  shape = property(lambda self: self.frozen.shape)
   dtype = property(lambda self: jax.tree.leaves(self.trained)[0].dtype)
   ndim = property(lambda self: len(self.shape))
   size = property(lambda self: math.prod(self.shape))
@@ -276,7 +270,11 @@ class LowRankArray:
     return _applied(None, self.trained, self.frozen).astype(self.dtype)
 
   __jax_array__ = dense
-  __array_ufunc__ = None  # so that NumPy leaves its operators to this class
+
+  def __array_ufunc__(self, ufunc, method, *inputs, out=None):
+    # Also Python's operators; in place, they give a new array as those of JAX do.
+    arrays = [x.dense() if isinstance(x, LowRankArray) else x for x in inputs]
+    return getattr(getattr(jnp, ufunc.__name__), method)(*arrays)
 
   def __getitem__(self, index: Any) -> jax.Array:
     return self.dense()[index]
@@ -293,14 +291,6 @@ class LowRankArray:
   add_axis = remove_axis = lambda self, index, params: self
 
 
-for _name in ('add', 'sub', 'mul', 'truediv', 'matmul', 'pow', 'neg'):
-  _f = getattr(operator, _name)
-  _own = lambda self, *others, f=_f: f(self.dense(), *others)
-  _reflected = lambda self, other, f=_f: f(other, self.dense())
-  setattr(LowRankArray, f'__{_name}__', _own)
-  setattr(LowRankArray, f'__r{_name}__', _reflected)
-
-
 def _applied(x: jax.Array | None, trained: Any, frozen: Any) -> jax.Array:
   """x W for x (..., m), or W if x is None; in float32 or wider."""
   if isinstance(trained, Spectrum):
@@ -312,24 +302,25 @@ def _applied(x: jax.Array | None, trained: Any, frozen: Any) -> jax.Array:
     rest = _spectral(x, frozen.u, others, frozen.v)
     return rest + drawn(x, trained.u, own, trained.v)
   i, j, magnitude = trained
-  if x is None:
-    change = _times('mr,rn->mn', i, j)
-    whole = frozen.w.astype(change.dtype) + frozen.scale * change
-  else:
-    inside = _times('m,mr->r', x, i).astype(x.dtype)
-    whole = _times('m,mn->n', x, frozen.w) + frozen.scale * _times('r,rn->n', inside, j)
+  change = frozen.scale * _spectral(x, i, None, jnp.matrix_transpose(j))
+  whole = _left(x, frozen.w).astype(change.dtype) + change
   if magnitude is None:
     return whole
-  norms = _column_norms(whole) if x is None else _norms_of_sum(trained, frozen)
+  norms = _norms(_squares(whole)) if x is None else _norms_of_sum(trained, frozen)
   return _by_columns(whole, magnitude.astype(norms.dtype) / norms)
 
 
+def _left(x: jax.Array | None, w: jax.Array) -> jax.Array:
+  """x W, or W if x is None."""
+  return w if x is None else _times('m,mn->n', x, w)
+
+
 def _spectral(
-  x: jax.Array | None, u: jax.Array, s: jax.Array, v: jax.Array
+  x: jax.Array | None, u: jax.Array, s: jax.Array | None, v: jax.Array
 ) -> jax.Array:
-  """x U S V^T, or U S V^T if x is None."""
-  left = u if x is None else _times('m,mk->k', x, u)
-  left = _by_columns(left.astype(u.dtype), s)
+  """x U S V^T, or U S V^T if x is None; S is the identity if s is None."""
+  left = _left(x, u).astype(u.dtype)
+  left = left if s is None else _by_columns(left, s)
   return _times('mk,nk->mn' if x is None else 'k,nk->n', left, v)
 
 
@@ -356,19 +347,23 @@ def _by_columns(x: jax.Array, s: jax.Array) -> jax.Array:
   return x * jnp.expand_dims(s, axes).astype(x.dtype)
 
 
-def _column_norms(w: jax.Array) -> jax.Array:
-  """Norms of columns (*batch, n), 1 for a zero column."""
-  square = jnp.square(w).sum(-2)
-  return jnp.sqrt(jnp.where(square > 0, square, 1))
+def _squares(w: jax.Array) -> jax.Array:
+  """Sums of squares of the columns (*batch, n), in float32 or wider."""
+  return jnp.square(w.astype(accumulator(w.dtype))).sum(-2)
+
+
+def _norms(squares: jax.Array) -> jax.Array:
+  """Norms from their squares, 1 for a zero column."""
+  return jnp.sqrt(jnp.where(squares > 0, squares, 1))
 
 
 def _norms_of_sum(trained: Factors, frozen: FrozenFactors) -> jax.Array:
   """The columns' norms of W0 + scale I J from products no larger than the factors."""
   wide = accumulator(trained.i.dtype)
   w, i, j = (x.astype(wide) for x in (frozen.w, trained.i, frozen.scale * trained.j))
-  square = frozen.squares.astype(wide) + 2 * (product('mn,mr->rn', w, i) * j).sum(-2)
-  square += (product('rs,sn->rn', product('mr,ms->rs', i, i), j) * j).sum(-2)
-  return jnp.sqrt(jnp.where(square > 0, square, 1))
+  squares = _squares(w) + 2 * (product('mn,mr->rn', w, i) * j).sum(-2)
+  squares += (product('rs,sn->rn', product('mr,ms->rs', i, i), j) * j).sum(-2)
+  return _norms(squares)
 
 
 def dot(x: jax.Array, w: Any) -> jax.Array:
@@ -466,7 +461,7 @@ def init(
   _matrices.check(method.rank, leaves, batch_axes)
   _check_key(key)
   ranks = jax.tree.leaves(_matrices.ranks(params, method.rank, leaves, batch_axes))
-  _, given, treedef = _matrices.flatten(params)
+  _, given, treedef = _vectors.flatten(params)
   pairs = list(zip(given, ranks, strict=True))
   draws = max(math.ceil(min(w.shape[-2:]) / rank) for w, rank in pairs if rank)
   keys = iter(jax.random.split(key, sum(rank > 0 for rank in ranks)))
@@ -475,9 +470,9 @@ def init(
     if not rank:
       return w, optax.MaskedNode()
     if isinstance(method, _LoRA):
-      wide = w.astype(accumulator(w.dtype))
-      norms = _column_norms(wide).astype(w.dtype) if method.column_norm else None
-      return _factored(w, rank, next(keys), norms, method.scale, method.restart)
+      norms = _norms(_squares(w)).astype(w.dtype) if method.column_norm else None
+      kept = FrozenFactors(w, method.scale, method.restart)
+      return _factors(w, rank, next(keys), norms), kept
     u, s, v = _svd(w)
     none = jnp.zeros((), jnp.int32)
     frozen = FrozenSpectrum(u, v, None, none, draws, method.enhanced)
@@ -548,9 +543,13 @@ def merge(trained: Any, frozen: Any) -> optax.Params:
     >>> bool(jnp.allclose(merged['kernel'], params['kernel'], atol=1e-5))
     True
   """
-  dense = lambda x: x.dense() if isinstance(x, LowRankArray) else x
-  with _exactly():
-    return jax.tree.map(dense, join(trained, frozen), is_leaf=_is_part)
+  return jax.tree.map(_exact, join(trained, frozen), is_leaf=_is_part)
+
+
+def _exact(w: Any) -> Any:
+  """A `LowRankArray` as an array, in full precision; all else as it is."""
+  with jax.default_matmul_precision('highest'):
+    return w.dense() if isinstance(w, LowRankArray) else w
 
 
 def retract(trained: Any) -> Any:
@@ -572,16 +571,14 @@ def retract(trained: Any) -> Any:
     >>> bool(jnp.allclose(low_rank.retract(longer)['w'].u, trained['w'].u))
     True
   """
+  is_spectrum = lambda x: isinstance(x, Spectrum)
 
   def unit(x):
-    wide = x.astype(accumulator(x.dtype))
-    return (wide / _column_norms(wide)[..., None, :]).astype(x.dtype)
+    norms = _norms(_squares(x))[..., None, :]
+    return (x.astype(norms.dtype) / norms).astype(x.dtype)
 
-  return jax.tree.map(
-    lambda x: Spectrum(unit(x.u), x.s, unit(x.v)) if isinstance(x, Spectrum) else x,
-    trained,
-    is_leaf=_is_part,
-  )
+  retracted = lambda x: Spectrum(unit(x.u), x.s, unit(x.v)) if is_spectrum(x) else x
+  return jax.tree.map(retracted, trained, is_leaf=is_spectrum)
 
 
 def renewable(
@@ -616,8 +613,7 @@ def renewable(
     ... )
   """
   others = tx if others is None else others
-  _check.transformation('tx', tx)
-  _check.transformation('others', others)
+  _check.transformation(tx=tx, others=others)
   return optax.partition({'vectors': tx, 'values': others, 'rest': others}, _labels)
 
 
@@ -677,12 +673,10 @@ def renew(
     ...   tx, trained, frozen, tx.init(trained), jax.random.key(1)
     ... )
   """
-  _check.transformation('tx', tx)
+  _check.transformation(tx=tx)
   _check_key(key)
-  is_ours = lambda x: (
-    isinstance(x, optax.PartitionState) and 'vectors' in x.inner_states
-  )
-  if not any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours))):
+  ours = lambda x: isinstance(x, optax.PartitionState) and 'vectors' in x.inner_states
+  if not any(map(ours, jax.tree.leaves(state, is_leaf=ours))):
     raise TypeError(
       'renew needs the state of an optimizer wrapped as low_rank.renewable(tx), got'
       f' {type(state).__name__}; wrap it before its init.'
@@ -692,30 +686,34 @@ def renew(
       'state is not that of tx for these parameters: another structure, shape or dtype;'
       ' give renew the optimizer that made it.'
     )
-  due, renewed, restarted = jnp.zeros((), bool), [], False
+  due: dict[str, Any] = {'vectors': False, 'values': False}  # states to make anew
   treedef, pairs = _pairs(trained, frozen)
+  renewed = []
   for number, (t, f) in enumerate(pairs):
     own = jax.random.fold_in(key, number)
     if isinstance(f, FrozenSpectrum):
-      due = f.draws + 1 >= f.draws_per_svd
-      restarted = True
-      t, f = _redrawn(t, f, due, own)
+      t, f = _redrawn(t, f, own)
+      due = {'vectors': True, 'values': f.draws == 0}  # all have had as many draws
     elif isinstance(f, FrozenFactors) and f.restart:
-      restarted = True
-      t, f = _restarted(t, f, own)
+      # Without the magnitudes, which are trained on: they norm the new W0 again.
+      whole = LowRankArray(t._replace(magnitude=None), f)
+      f = dataclasses.replace(f, w=_exact(whole))
+      t = _factors(f.w, t.i.shape[-1], own, t.magnitude)
+      due |= {'vectors': True}
     renewed.append((t, f))
   new, new_frozen = map(treedef.unflatten, zip(*renewed, strict=True))
 
   def choose(old, start):
-    if not is_ours(old) or not restarted:
+    if not ours(old):
       return old
-    old, start = old.inner_states, start.inner_states
-    fresh = {k: _matrices.restarted(old[k], start[k]) for k in ('vectors', 'values')}
-    if_due = functools.partial(jnp.where, due)  # all have had as many draws
-    fresh['values'] = jax.tree.map(if_due, fresh['values'], old['values'])
-    return optax.PartitionState(old | fresh)
+    states = dict(old.inner_states)
+    for name, now in due.items():
+      fresh = _matrices.restarted(states[name], start.inner_states[name])
+      if_due = functools.partial(jnp.where, now)
+      states[name] = jax.tree.map(if_due, fresh, states[name])
+    return optax.PartitionState(states)
 
-  state = jax.tree.map(choose, state, tx.init(new), is_leaf=is_ours)
+  state = jax.tree.map(choose, state, tx.init(new), is_leaf=ours)
   return new, new_frozen, state
 
 
@@ -741,18 +739,14 @@ def rewarmed(
     >>> [float(rate(step)) for step in (0, 19, 199, 200)]
     [0.05..., 1.0, 1.0, 0.05...]
   """
-  _check.multiplier('learning_rate', learning_rate)
-  _check.positive_int('every', every)
-  _check.positive_int('steps', steps)
+  _check.multiplier(learning_rate=learning_rate)
+  _check.positive_int(every=every, steps=steps)
   if steps > every:
     raise ValueError(f'steps must be at most every ({every}), got {steps}.')
 
-  def schedule(count):
-    rate = learning_rate(count) if callable(learning_rate) else learning_rate
-    done = (jnp.asarray(count, jnp.int32) % every + 1).astype(jnp.float32)
-    return rate * jnp.minimum(1.0, done / steps)
-
-  return schedule
+  rate = learning_rate if callable(learning_rate) else lambda count: learning_rate
+  warm_up = optax.linear_schedule(1 / steps, 1.0, steps - 1)
+  return lambda count: rate(count) * warm_up(jnp.mod(count, every))
 
 
 def _shapes(tree: Any) -> tuple[Any, list[Any]]:
@@ -761,10 +755,8 @@ def _shapes(tree: Any) -> tuple[Any, list[Any]]:
 
 
 def _check_key(key: Any) -> None:
-  dtype = getattr(key, 'dtype', None)
-  if dtype is None or not (
-    jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == np.uint32
-  ):
+  dtype: Any = getattr(key, 'dtype', None)
+  if not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == np.uint32):
     raise ValueError(f'key must be a random key, got {key!r}; as in jax.random.key(0).')
 
 
@@ -774,7 +766,7 @@ def _is_part(x: Any) -> bool:
 
 def _pairs(trained: Any, frozen: Any) -> tuple[Any, list[tuple[Any, Any]]]:
   """The trained and frozen parts that belong together, and the tree they stand in."""
-  names, parts, treedef = _matrices.flatten(trained, _is_part)
+  names, parts, treedef = _vectors.flatten(trained, _is_part)
   try:
     others = treedef.flatten_up_to(frozen)
   except (ValueError, TypeError) as error:
@@ -817,7 +809,7 @@ def _drawn(
 ) -> tuple[Spectrum, FrozenSpectrum]:
   """Vectors drawn without replacement, with probabilities in proportion to |s|."""
   # The greatest of Gumbel noise plus log weights are a draw without replacement.
-  noise = resharded(jax.random.gumbel(key, s.shape, jnp.float32), s, spec_of(s))
+  noise = like(jax.random.gumbel(key, s.shape, jnp.float32), s)
   score = jnp.log(jnp.abs(s.astype(jnp.float32))) + noise
   frozen = dataclasses.replace(frozen, drawn=_matrices.greatest(score, rank))
   hot = frozen.one_hot(frozen.u.dtype)
@@ -826,38 +818,23 @@ def _drawn(
 
 
 def _redrawn(
-  t: Spectrum, f: FrozenSpectrum, due: jax.Array, key: jax.Array
+  t: Spectrum, f: FrozenSpectrum, key: jax.Array
 ) -> tuple[Spectrum, FrozenSpectrum]:
-  """The trained vectors put back, decomposed anew if `due`, and others drawn."""
+  """The trained vectors put back, decomposed anew if it is time, and others drawn."""
   hot = f.one_hot(t.u.dtype)
   others = (1 - hot.sum(-2))[..., None, :]
-  put = lambda whole, part: (
-    whole * others + product('mr,rk->mk', part, hot).astype(whole.dtype)
-  )
-  whole = put(f.u, t.u), t.s, put(f.v, t.v)
-  with _exactly():
-    anew = lambda: _svd(LowRankArray(t, f).dense())
-    u, s, v = lax.cond(due, anew, lambda: whole)
-  draws = jnp.where(due, 0, f.draws + 1)
+  put = lambda x, part: x * others + product('mr,rk->mk', part, hot).astype(x.dtype)
+  as_it_is = lambda: (put(f.u, t.u), t.s, put(f.v, t.v))
+  anew = lambda: _svd(_exact(LowRankArray(t, f)))
+  draws = (f.draws + 1) % f.draws_per_svd
+  u, s, v = lax.cond(draws == 0, anew, as_it_is)
   frozen = dataclasses.replace(f, u=u, v=v, draws=draws)
   return _drawn(s, frozen, f.drawn.shape[-1], key)
 
 
-def _factored(
-  w: jax.Array, rank: int, key: jax.Array, magnitude: Any, scale: float, restart: bool
-) -> tuple[Factors, FrozenFactors]:
+def _factors(w: jax.Array, rank: int, key: jax.Array, magnitude: Any) -> Factors:
+  """Those of a start: the second is zero, and so their product is."""
   i = _matrices.gaussian(key, jnp.matrix_transpose(w), rank)
   i = (i / math.sqrt(w.shape[-2])).astype(w.dtype)
   j = jnp.zeros_like(product('mr,mn->rn', i, w), w.dtype)  # split as a product is
-  wide = w.astype(accumulator(w.dtype))
-  squares = None if magnitude is None else jnp.square(wide).sum(-2)
-  return Factors(i, j, magnitude), FrozenFactors(w, squares, scale, restart)
-
-
-def _restarted(
-  t: Factors, f: FrozenFactors, key: jax.Array
-) -> tuple[Factors, FrozenFactors]:
-  # Without the magnitudes, which are trained on: the new W0 is normed by them again.
-  with _exactly():
-    whole = LowRankArray(t._replace(magnitude=None), f).dense()
-  return _factored(whole, t.i.shape[-1], key, t.magnitude, f.scale, f.restart)
+  return Factors(i, j, magnitude)

@@ -152,12 +152,12 @@ def projected(
     <https://arxiv.org/abs/2403.03507>`_, 2024; and what is cited in `frugal`, `fira`
     and `dct_adamw`
   """
-  _check.transformation('inner', inner)
-  _check.one_of('subspace', subspace, *get_args(Subspace))
-  _check.one_of('residual', residual, *get_args(Residual))
-  _check.one_of('carry', carry, *get_args(Carry))
-  _check.positive_int('refresh_every', refresh_every)
-  _check.multiplier('scale', scale)
+  _check.transformation(inner=inner)
+  _check.one_of(*get_args(Subspace), subspace=subspace)
+  _check.one_of(*get_args(Residual), residual=residual)
+  _check.one_of(*get_args(Carry), carry=carry)
+  _check.positive_int(refresh_every=refresh_every)
+  _check.multiplier(scale=scale)
   _matrices.check(rank, leaves, batch_axes)
   inner = optax.with_extra_args_support(inner)
   dense = functools.partial(_dense, subspace)
@@ -180,35 +180,39 @@ def projected(
   def update(updates, state, params=None, **extra_args):
     _learned.check_state(ProjectedState, state)
     ranks = _matrices.ranks(updates, rank, leaves, batch_axes)
-    count = state.projection_count
-    old = state.projection_basis, state.coordinate_state
+    count, old = state.projection_count, state.projection_basis
+    inside = state.coordinate_state
     matrices = jax.tree.leaves(_each(lambda _, g: g, ranks, updates))
 
-    def refresh():
+    def learnt():
       key = jax.random.fold_in(jax.random.key(seed), count)
       keys = iter(jax.random.split(key, len(matrices)))
       learn = lambda *x: Basis(_new_basis(subspace, next(keys), *x))
-      new = _each(learn, ranks, updates, old[0])
-      bases = [_each(dense, ranks, updates, x) for x in (new, old[0])]
-      before = _each(_down, ranks, updates, bases[1])
-      overlaps = _each(_overlap, ranks, *bases)
-      carried = functools.partial(_carried, inner, carry, before, overlaps)
-      return new, lax.cond(count > 0, carried, lambda state: state, old[1])
+      return _each(learn, ranks, updates, old)
+
+    def carried():
+      if carry == 'reset':
+        zeros = jax.tree.map(jnp.zeros_like, coordinates)
+        return _matrices.restarted(inside, inner.init(zeros))
+      overlap = lambda _, new, old: Coordinates(product('sn,so->no', new, old))
+      overlaps = _each(overlap, ranks, bases, _each(dense, ranks, updates, old))
+      return _rotated(inside, coordinates, overlaps)
 
     # The count stands still otherwise: the next finite gradient makes a subspace.
     finite = jnp.array([jnp.isfinite(g).all() for g in matrices]).all()
     due = (count % refresh_every == 0) & finite
-    basis, inside = lax.cond(due, refresh, lambda: old)
-    vectors = _each(dense, ranks, updates, basis)
-    apart = lambda tree: (_each(_down, ranks, tree, vectors), _rest(ranks, tree))
+    basis = lax.cond(due, learnt, lambda: old)
+    bases = _each(dense, ranks, updates, basis)
+    apart = lambda tree: (_each(_down, ranks, tree, bases), _rest(ranks, tree))
     coordinates, rest = apart(updates)
+    if carry != 'keep':
+      inside = lax.cond(due & (count > 0), carried, lambda: inside)
     seen, rest_seen = (None, None) if params is None else apart(params)
     steps, inside = inner.update(coordinates, inside, seen, **extra_args)
     others, outside = inner.update(rest, state.rest_state, rest_seen, **extra_args)
-    whole = functools.partial(_whole, residual, scale, count)
-    both = _each(
-      whole, ranks, updates, vectors, coordinates, steps, state.residual_norm
-    )
+    whole = _whole(residual, scale, count)
+    last = state.residual_norm
+    both = _each(whole, ranks, updates, bases, coordinates, steps, last)
     boxed = lambda r, g, new, other: jax.tree.map(lambda _: new[0], g) if r else other
     norms = jax.tree.map(lambda r, new: new[1] if r else new, ranks, both)
     count += finite.astype(jnp.int32)
@@ -222,9 +226,8 @@ def _each(f: Callable, ranks: Any, *trees: Any) -> Any:
   """A tree of `f(rank, x, ...)` for the matrices, `optax.MaskedNode` elsewhere."""
   # A leaf of `ranks` may be a box, or one of the markers above, in the other trees.
   bare = lambda node: next(iter(jax.tree.leaves(node)), node)
-  return jax.tree.map(
-    lambda r, *xs: f(r, *map(bare, xs)) if r else optax.MaskedNode(), ranks, *trees
-  )
+  own = lambda r, *xs: f(r, *map(bare, xs)) if r else optax.MaskedNode()
+  return jax.tree.map(own, ranks, *trees)
 
 
 def _rest(ranks: Any, tree: Any) -> Any:
@@ -284,86 +287,49 @@ def _down(rank: int, x: jax.Array, p: jax.Array) -> Coordinates:
   return Coordinates(product('ms,sr->mr', _tall(x), p).astype(x.dtype))
 
 
-def _overlap(rank: int, new: jax.Array, old: jax.Array) -> Coordinates:
-  return Coordinates(product('sn,so->no', new, old))
-
-
-def _carried(
-  inner: optax.GradientTransformation,
-  carry: Carry,
-  coordinates: Any,
-  overlaps: Any,
-  state: optax.OptState,
-) -> optax.OptState:
+def _rotated(state: optax.OptState, coordinates: Any, overlaps: Any) -> Any:
   """The inner optimizer's state in the coordinates of the new bases."""
-  if carry == 'keep':
-    return state
-  if carry == 'reset':
-    zeros = jax.tree.map(jnp.zeros_like, coordinates)
-    return _matrices.restarted(state, inner.init(zeros))
   # Moments, momenta and whatever else of the state has the tree of the coordinates.
   kind = lambda x: (jax.tree.structure(x), [y.shape for y in jax.tree.leaves(x)])
   are_coordinates = lambda x: kind(x) == kind(coordinates)
 
-  def turn(path, node):
+  def turned(path, node):
     if not are_coordinates(node):
       return node
-    if any(getattr(key, 'name', None) in _SECOND_MOMENTS for key in path):
-      turns = jax.tree.map(jnp.square, overlaps)
-    else:
-      turns = overlaps
-    turned = lambda x, turn: product('no,mo->mn', turn, x).astype(x.dtype)
-    return jax.tree.map(turned, node, turns)
+    second = any(getattr(key, 'name', None) in _SECOND_MOMENTS for key in path)
+    turns = jax.tree.map(jnp.square, overlaps) if second else overlaps
+    turn = lambda x, by: product('no,mo->mn', by, x).astype(x.dtype)
+    return jax.tree.map(turn, node, turns)
 
-  return jax.tree_util.tree_map_with_path(turn, state, is_leaf=are_coordinates)
+  return jax.tree.map_with_path(turned, state, is_leaf=are_coordinates)
 
 
-def _whole(
-  residual: Residual,
-  scale: Any,
-  count: jax.Array,
-  rank: int,
-  g: jax.Array,
-  p: jax.Array,
-  c: jax.Array,
-  step: jax.Array,
-  last: Any,
-) -> tuple[jax.Array, Any]:
-  """The update of a whole matrix, and the norm (*batch,) of a scaled residual."""
-  wide = accumulator(g.dtype)
-  scale = jnp.asarray(scale, wide)
-  up = lambda x: product('mr,sr->ms', x, p) * scale
-  out = up(step)
-  if residual is not None:
-    rest = _tall(g).astype(wide) - up(c)
-    if residual == 'sign':
-      rest = jnp.sign(rest)
-    else:
-      # Of each row: how much longer the inner optimizer made its coordinates.
-      norm = lambda x: jnp.linalg.norm(x.astype(wide), axis=-1, keepdims=True)
-      rest *= norm(step) / (norm(c) + 1e-8)
-      size = jnp.sqrt(jnp.square(rest).sum((-2, -1)))
-      growth = jnp.maximum(size / (last.astype(wide) + 1e-8), _LIMIT) / _LIMIT
-      growth = jnp.where(count > 0, growth, 1)
-      rest /= growth[..., None, None]
-      last = (size / growth).astype(jnp.float32)
-    out += rest
-  is_wide = g.shape[-2] < g.shape[-1]
-  return (jnp.matrix_transpose(out) if is_wide else out).astype(g.dtype), last
+def _whole(residual: Residual, scale: Any, count: jax.Array) -> Callable:
+  """A function that puts the update of a whole matrix together."""
 
+  def whole(rank, g, p, c, step, last):
+    """The update, and the norm (*batch,) of a scaled residual."""
+    wide = accumulator(g.dtype)
+    up = lambda x: product('mr,sr->ms', x, p) * jnp.asarray(scale, wide)
+    out = up(step)
+    if residual is not None:
+      rest = _tall(g).astype(wide) - up(c)
+      if residual == 'sign':
+        rest = jnp.sign(rest)
+      else:
+        # Of each row: how much longer the inner optimizer made its coordinates.
+        norm = lambda x: jnp.linalg.norm(x.astype(wide), axis=-1, keepdims=True)
+        rest *= norm(step) / (norm(c) + 1e-8)
+        size = jnp.sqrt(jnp.square(rest).sum((-2, -1)))
+        growth = jnp.maximum(size / (last.astype(wide) + 1e-8), _LIMIT) / _LIMIT
+        growth = jnp.where(count > 0, growth, 1)
+        rest /= growth[..., None, None]
+        last = (size / growth).astype(jnp.float32)
+      out += rest
+    is_wide = g.shape[-2] < g.shape[-1]
+    return (jnp.matrix_transpose(out) if is_wide else out).astype(g.dtype), last
 
-def _adam_without_correction(
-  b1: float, b2: float, eps: float
-) -> optax.GradientTransformation:
-  """Adam as in the authors' code, which corrects the bias in the step size alone."""
-  adam = optax.scale_by_adam(b1, b2)
-
-  def update(updates, state, params=None):
-    _, state = adam.update(updates, state, params)
-    step = lambda m, v: m / (jnp.sqrt(v) + eps)
-    return jax.tree.map(step, state.mu, state.nu), state
-
-  return optax.GradientTransformation(adam.init, update)
+  return whole
 
 
 def galore(
@@ -409,15 +375,22 @@ def galore(
     Zhao, Zhang, Chen, Wang, Anandkumar, Tian, `GaLore: Memory-Efficient LLM Training by
     Gradient Low-Rank Projection <https://arxiv.org/abs/2403.03507>`_, 2024
   """
-  _check.multiplier('learning_rate', learning_rate)
+  _check.multiplier(learning_rate=learning_rate)
+  adam = optax.scale_by_adam(b1, b2)
+
+  # As in the authors' code, the bias is corrected in the step size alone.
+  def uncorrected(updates, state, params=None):
+    _, state = adam.update(updates, state, params)
+    step = lambda m, v: m / (jnp.sqrt(v) + eps)
+    return jax.tree.map(step, state.mu, state.nu), state
 
   def correction(count):
     steps = (count + 1).astype(jnp.float32)
     return jnp.sqrt(1 - b2**steps) / (1 - b1**steps)
 
-  adam = _adam_without_correction(b1, b2, eps)
+  inner = optax.GradientTransformation(adam.init, uncorrected)
   return optax.chain(
-    projected(adam, rank, scale=scale, **{'carry': 'keep', **options}),
+    projected(inner, rank, scale=scale, **{'carry': 'keep', **options}),
     optax.scale_by_schedule(correction),
     optax.add_decayed_weights(weight_decay),
     optax.scale_by_learning_rate(learning_rate),
@@ -500,7 +473,7 @@ def frugal(
     Reducing State Overhead for Scalable Training
     <https://arxiv.org/abs/2411.07837>`_, 2024
   """
-  _check.multiplier('learning_rate', learning_rate)
+  _check.multiplier(learning_rate=learning_rate)
   frugally = {'subspace': 'columns', 'residual': 'sign', 'carry': 'reset'}
   return optax.chain(
     projected(optax.scale_by_adam(b1, b2, eps), rank, **{**frugally, **options}),

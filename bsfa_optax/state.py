@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 
 from bsfa_optax import _check, _learned, _vectors
-from bsfa_optax._vectors import Layout, Leaf, Part
+from bsfa_optax._vectors import Leaf, Part
 
 # To be raised when the state's leaves change their meaning under the same names.
 VERSION = 1
@@ -108,30 +109,30 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
     layers/0/kernel  8 x 8   yes                      1 x 8 x 9, 1 x 8 x 9  580    100%
     state: 5,268 bytes, 9.0 a parameter
   """
-  state, found = _observed(tx, params)
-  rows = [row for layout, memory, _ in found for row in _rows(layout, memory)]
+  found = _observed(tx, params)
+  rows = [row for observed in found for row in _rows(observed)]
   parameters = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
   warnings = [w for observed in found for w in _warnings(observed)]
   if not any(row.filtered for row in rows):
     warnings.append(
       'no leaf is filtered; say which are by leaves=lambda name, leaf: ...'
     )
-  return Summary(tuple(rows), _bytes(state), parameters, tuple(warnings))
+  return Summary(tuple(rows), state_bytes(tx, params), parameters, tuple(warnings))
 
 
-def _rows(layout: Layout, memory: Any) -> Iterator[LeafSummary]:
+def _rows(observed: _learned.Observed) -> Iterator[LeafSummary]:
   """A row for each leaf; what a memory has for a whole part is shared out."""
+  memory, layout, _ = observed
   per_part = type(memory) is tuple  # of `for_each_part`, and no named one
-  held: dict[int, tuple[int, Any, int, int]] = {}
+  held: dict[Leaf, tuple[int, Any, int, int]] = {}
   for i, part in enumerate(layout.parts):
     arrays = jax.tree.leaves(memory[i]) if per_part else []
     shapes = tuple(filter(None, (x.shape[len(part.batch_axes) :] for x in arrays)))
     totals = len(part.names), _bytes(arrays), _operations(part, arrays)
     blocks, size, operations = (total // len(part.leaves) for total in totals)
-    for leaf in part.leaves:
-      held[leaf.position] = (blocks, shapes, size, operations)
+    held |= dict.fromkeys(part.leaves, (blocks, shapes, size, operations))
   for leaf in layout.leaves:
-    own = held.get(leaf.position, (0, (), 0, 0))
+    own = held.get(leaf, (0, (), 0, 0))
     yield LeafSummary(leaf.name, leaf.shape, leaf.filtered, leaf.why, *own)
 
 
@@ -140,21 +141,21 @@ def _operations(part: Part, arrays: list[Any]) -> int:
 
   A refresh takes a second moment and three products for each of them.
   """
-  squares = [x.shape for x in arrays if _is_square(part, x)]
+  squares = _squares(part, arrays)
   applied = sum(2 * math.prod(part.shape) * shape[-2] for shape in squares)
   roots = sum(3 * 2 * math.prod(shape[:-1]) * shape[-2] ** 2 for shape in squares)
   return applied + (applied + roots) // 5
 
 
-def _is_square(part: Part, x: Any) -> bool:
-  """Whether an array holds square matrices; the whitening's have a column more."""
-  own = x.shape[len(part.batch_axes) :]
-  return len(own) > 1 and own[-1] - own[-2] in (0, 1)
+def _squares(part: Part, arrays: list[Any]) -> list[tuple[int, ...]]:
+  """Shapes of those that hold square matrices; the whitening's have a column more."""
+  matrices = [x.shape for x in arrays if len(x.shape) - len(part.batch_axes) > 1]
+  return [shape for shape in matrices if shape[-1] - shape[-2] in (0, 1)]
 
 
 def _warnings(observed: _learned.Observed) -> Iterator[str]:
   """Where the layout of a filter is probably not what is wanted."""
-  layout, memory, _ = observed
+  memory, layout, _ = observed
   groups: dict[str, list[Leaf]] = {}
   for leaf in layout.leaves:
     modules = leaf.name.split('/')[:-1]
@@ -176,7 +177,7 @@ def _warnings(observed: _learned.Observed) -> Iterator[str]:
   if type(memory) is tuple:
     for part, own in zip(layout.parts, memory, strict=True):
       wide = sum(part.shape[axis] > 1 for axis in part.inner_axes)
-      if sum(_is_square(part, x) for x in jax.tree.leaves(own)) < min(wide, 2):
+      if len(_squares(part, jax.tree.leaves(own))) < min(wide, 2):
         leaf = part.leaves[0]
         yield (
           f'{leaf.name}: an axis of {leaf.shape} has no factor; raise max_size or'
@@ -203,8 +204,7 @@ def block_names(tx: optax.GradientTransformation, params: optax.Params) -> list[
     >>> block_names(bsfa_optax.bsfa_adamw(1e-3), params)
     ['dense/kernel']
   """
-  _, found = _observed(tx, params)
-  return found[0].layout.names if found else []
+  return next((observed.layout.names for observed in _observed(tx, params)), [])
 
 
 def scalars(
@@ -238,13 +238,7 @@ def scalars(
     bsfa/age 0.0
     bsfa/dense/kernel/effective_directions 1.0
   """
-  abstract, found = _observed(tx, params)
-  shapes = lambda memory: [(x.shape, x.dtype) for x in jax.tree.leaves(memory)]
-  filters = []
-  for state in _filter_states(abstract):  # in the state's order, not that of `init`
-    own = next(x for x in found if shapes(x.memory) == shapes(state.memory))
-    found.remove(own)
-    filters.append(own)
+  filters = _observed(tx, params)
 
   def log(state: optax.OptState) -> dict[str, float]:
     out: dict[str, float] = {}
@@ -267,23 +261,19 @@ def scalars(
 
 def _filter_states(state: optax.OptState) -> list[_learned.FilterState]:
   """All in a state, wherever they are, with Flax's metadata taken off."""
-  is_leaf = lambda x: isinstance(x, _learned.FilterState)
-  return [
-    x for x in jax.tree.leaves(_vectors.unbox(state), is_leaf=is_leaf) if is_leaf(x)
-  ]
+  is_filter = lambda x: isinstance(x, _learned.FilterState)
+  leaves = jax.tree.leaves(_vectors.unbox(state), is_leaf=is_filter)
+  return [x for x in leaves if is_filter(x)]
 
 
-def _observed(tx: optax.GradientTransformation, params: optax.Params) -> Any:
-  """The abstract state, and layout and memory of each filter in `tx`."""
-  _check.transformation('tx', tx)
-  found: list[Any] = []
-  _learned.observers.append(found)
-  try:
-    # A function that JAX has not seen: of one that it has, the trace is not repeated.
-    state = jax.eval_shape(lambda params: tx.init(params), params)
-  finally:
-    _learned.observers.pop()
-  return state, found
+def _observed(
+  tx: optax.GradientTransformation, params: optax.Params
+) -> list[_learned.Observed]:
+  """Memory, abstract, and layout of each filter in `tx`, in the order of its state."""
+  _check.transformation(tx=tx)
+  with _learned.observing(True):
+    state = jax.eval_shape(tx.init, params)
+  return [one.memory for one in _filter_states(state)]
 
 
 def _bytes(tree: Any) -> int:
@@ -309,7 +299,7 @@ def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> int:
     >>> state_bytes(optax.adam(1e-3), params)  # two moments, one count
     131076
   """
-  _check.transformation('tx', tx)
+  _check.transformation(tx=tx)
   return _bytes(jax.eval_shape(tx.init, params))
 
 
@@ -338,13 +328,10 @@ def temporary_bytes(
     >>> temporary_bytes(tx, params) < state_bytes(tx, params)
     True
   """
-  _check.transformation('tx', tx)
-  update = lambda updates, state, params: tx.update(
-    updates, state, params, **extra_args
-  )
+  _check.transformation(tx=tx)
   state = jax.eval_shape(tx.init, params)
-  program = jax.jit(update, donate_argnums=1).lower(params, state, params)
-  analysis: Any = program.compile().memory_analysis()
+  update = jax.jit(functools.partial(tx.update, **extra_args), donate_argnums=1)
+  analysis: Any = update.lower(params, state, params).compile().memory_analysis()
   return analysis.temp_size_in_bytes
 
 
@@ -375,11 +362,10 @@ def abstract_state(
     >>> target.memory.basis['kernel'].rows
     ShapeDtypeStruct(shape=(2, 8, 4), dtype=bfloat16, sharding=NamedSharding(...))
   """
-  own = state_shardings(tx, params, shardings)
   return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    lambda s, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state_shardings(tx, params, shardings),
     jax.eval_shape(tx.init, params),
-    own,
   )
 
 
@@ -424,14 +410,14 @@ def state_shardings(
     ...     {'kernel': jnp.ones((8, 4), device=jax.NamedSharding(mesh, jax.P('fsdp')))}
     ...   )
   """
-  _check.transformation('tx', tx)
+  _check.transformation(tx=tx)
   leaves, structure = jax.tree.flatten(params)
   if shardings is None:
     given = [getattr(x, 'sharding', None) for x in leaves]
   else:
     given = _vectors.broadcast(shardings, params, lambda x: x is None, 'shardings')
     for sharding in given:
-      _check.sharding(sharding)
+      _check.sharding(shardings=sharding)
   # What they must share: a mesh, or to be of none, or the sharding on no mesh at all.
   places = {_place(s) for s in given if s is not None}
   if len(places) != 1:
@@ -500,7 +486,8 @@ def state_format(state: optax.OptState) -> dict[str, Any]:
     'bfloat16[2,3,5]'
   """
   leaves = {}
-  for name, x in _vectors.named_leaves(state):
+  names, arrays, _ = _vectors.flatten(state)
+  for name, x in zip(names, arrays, strict=True):
     if not hasattr(x, 'dtype'):
       raise TypeError(
         f'state must be a tree of arrays, got {x!r} for {name!r}; give what tx.init or'

@@ -154,20 +154,13 @@ def scale_by_whitening(
     Zhou, Wang, Chen, Cheng, `BSFA: Leveraging the Subspace Dichotomy to Accelerate
     Neural Network Training <https://arxiv.org/abs/2510.25244>`_, 2025
   """
-  _check.positive_scalar('ridge', ridge)
-  _check.fraction('decay', decay)
+  _check.positive_scalar(ridge=ridge)
+  _check.fraction(decay=decay)
   interval = _learned.growing(100) if refresh_every is None else refresh_every
-  _check.interval('refresh_every', interval)
-  _check.positive_int('block_size', block_size)
+  _check.interval(refresh_every=interval)
+  _check.positive_int(block_size=block_size)
 
-  layout_of = functools.partial(
-    _vectors.layout,
-    leaves=leaves,
-    axes=axes,
-    batch_axes=batch_axes,
-    axis_name=axis_name,
-    stacked=True,
-  )
+  layout_of = _vectors.layouts_with_factors(leaves, axes, batch_axes, axis_name)
 
   def init(layout, params):
     return _learned.for_each_part(layout, lambda part: _unlearnt(part, block_size))
@@ -290,14 +283,12 @@ def _unlearnt(part: Part, block_size: int) -> WhiteningFactors:
 
 def _turns(memory: Sequence[WhiteningFactors]) -> list[list[int]]:
   """The parts, by position, in at most five groups of about the same work."""
-  shapes = [[packed.shape for packed in factors.packed] for factors in memory]
-  costs = [sum(math.prod(s[:-1]) * s[-2] ** 2 for s in own) for own in shapes]
+  cost = lambda packed: math.prod(packed.shape[:-1]) * packed.shape[-2] ** 2
+  costs = [sum(map(cost, factors.packed)) for factors in memory]
+  total = lambda turn: sum(costs[i] for i in turn)
   turns: list[list[int]] = [[] for _ in range(min(5, len(costs)))]
-  totals = [0] * len(turns)
   for i in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
-    least = totals.index(min(totals))
-    turns[least].append(i)
-    totals[least] += costs[i]
+    min(turns, key=total).append(i)
   return turns
 
 
@@ -422,16 +413,15 @@ def inverse_square_root(a: jax.Array) -> jax.Array:
 # Two symmetric matrices in one array.
 
 
-def _packed(covariance: jax.Array, root: jax.Array) -> jax.Array:
-  """`(..., n, n)` twice `-> (..., n, n + 1)`: below, and above the diagonal."""
+def _renewed(old: jax.Array, covariance: jax.Array, root: jax.Array) -> jax.Array:
+  """`(..., n, n)` twice `-> (..., n, n + 1)`: below, and above the diagonal.
+
+  The old pair is kept where the root is not finite.
+  """
   pad = lambda x, *columns: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [columns])
-  return jnp.tril(pad(covariance, 0, 1)) + jnp.triu(pad(root, 1, 0), 1)
-
-
-def _renewed(packed: jax.Array, covariance: jax.Array, root: jax.Array) -> jax.Array:
-  """What to keep of a refresh: the old pair where the root is not finite."""
+  packed = jnp.tril(pad(covariance, 0, 1)) + jnp.triu(pad(root, 1, 0), 1)
   finite = jnp.isfinite(root).all((-2, -1), keepdims=True)
-  return jnp.where(finite, _packed(covariance, root), packed)
+  return jnp.where(finite, packed, old)
 
 
 def _covariance(packed: jax.Array) -> jax.Array:

@@ -84,11 +84,11 @@ def hessian_top_k(
     >>> jnp.allclose(found.eigenvalues, jnp.array([[3.0, 1.0]]))
     Array(True, dtype=bool)
   """
-  _check.positive_int('rank', rank)
+  _check.positive_int(rank=rank)
   layout = _vectors.layout(params) if layout is None else layout
   if iterations is None:
     iterations = 4 * rank
-  _check.positive_int('iterations', iterations)
+  _check.positive_int(iterations=iterations)
   if iterations <= rank:
     raise ValueError(
       f'iterations must exceed rank, got iterations={iterations} and rank={rank};'
@@ -232,7 +232,7 @@ def curvature_energy(
     Meyer, Musco, Musco, Woodruff, `Hutch++: Optimal Stochastic Trace Estimation
     <https://arxiv.org/abs/2010.09649>`_, 2021
   """
-  _check.positive_int('samples', samples)
+  _check.positive_int(samples=samples)
   if samples < 2:
     raise ValueError(
       f'samples must be at least 2 for a standard error, got {samples}; raise it.'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any
 
@@ -77,36 +78,25 @@ def dct(
     Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large Language
     Models <https://arxiv.org/abs/2505.17967>`_, 2025
   """
-  _check.positive_int('rank', rank)
+  _check.positive_int(rank=rank)
+
+  stacked = _vectors.layouts_with_factors(leaves, axes, batch_axes, axis_name)
+  transformed = functools.partial(_transformed_axis, rank=rank)
 
   def layout_of(params):
-    layout = _vectors.layout(
-      params,
-      leaves=leaves,
-      axes=axes,
-      batch_axes=batch_axes,
-      axis_name=axis_name,
-      stacked=True,
-    )
-    for part in layout.parts:
-      _transformed_axis(part, rank)  # for its error
+    layout = stacked(params)
+    layout.map(transformed)  # for its error
     return layout
 
-  def init(layout, params):
-    return optax.EmptyState()
-
-  def learn(layout, vector, memory, count, params, **extra_args):
-    return memory
+  init = lambda layout, params: optax.EmptyState()
+  learn = lambda layout, vector, memory, *_, **extra_args: memory
 
   def decompose(layout, vector, memory):
-    chosen = layout.map(lambda part: _transformed_axis(part, rank))
-    bases = layout.map(
-      lambda part, v, own: [
-        cosines(part.shape[axis], _vectors.accumulator(v.dtype)) for axis in own
-      ],
-      vector,
-      chosen,
-    )
+    chosen = layout.map(transformed)
+
+    def bases_of(part, x, own):
+      dtype = _vectors.accumulator(x.dtype)
+      return [cosines(part.shape[axis], dtype) for axis in own]
 
     def energies(part, x, own):
       others = tuple(axis for axis in part.inner_axes if axis not in own)
@@ -119,10 +109,11 @@ def dct(
       dominant = strongest(share, rank, own[0]) if own else share > 1
       return share * math.prod(part.shape[axis] for axis in own), dominant
 
-    rotated = _vectors.rotate(layout, vector, bases, chosen, shared=True)
+    bases = layout.map(bases_of, vector, chosen)
+    rotated = _vectors.rotate(layout, vector, bases, chosen)
     summed = layout.sum_over_shards(layout.map(energies, rotated, chosen))
     variance, dominant = map(list, zip(*layout.map(found, summed, chosen), strict=True))
-    return from_axes(layout, vector, bases, chosen, variance, dominant, shared=True)
+    return from_axes(layout, vector, bases, chosen, variance, dominant)
 
   return Estimator(layout_of, init, learn, decompose)
 

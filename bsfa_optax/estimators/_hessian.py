@@ -132,18 +132,17 @@ def hessian_lanczos(
     Lanczos, `An iteration method for the solution of the eigenvalue problem of linear
     differential and integral operators <https://doi.org/10.6028/jres.045.026>`_, 1950
   """
-  _check.positive_int('rank', rank)
+  _check.positive_int(rank=rank)
   if iterations is None:
     iterations = 2 * rank
-  _check.positive_int('iterations', iterations)
-  _check.positive_int('refresh_every', refresh_every)
-  _check.floating('storage_dtype', storage_dtype)
+  _check.positive_int(iterations=iterations, refresh_every=refresh_every)
+  _check.floating(storage_dtype=storage_dtype)
   if iterations <= rank:
     raise ValueError(
       f'iterations must exceed rank, got iterations={iterations} and rank={rank}; leave'
       ' it out for 2 * rank.'
     )
-  _check.one_of('curvature', curvature, 'hessian', 'gauss_newton')
+  _check.one_of('hessian', 'gauss_newton', curvature=curvature)
   names = ('value_fn',) if curvature == 'hessian' else ('output_fn', 'loss_fn')
   matrix = getattr(_curvature, curvature)
 
@@ -179,7 +178,7 @@ def hessian_lanczos(
       found = jnp.where(finite[:, None], jnp.maximum(found, 0), memory.curvature)
       kept = jax.tree.map(
         lambda ok, new, x: jnp.where(ok[None], new.astype(x.dtype), x),
-        _vectors.spread(layout, finite, values),
+        _vectors.spread(layout, finite),
         basis,
         old,
       )

@@ -118,21 +118,14 @@ def kronecker(
     Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
     <https://arxiv.org/abs/2409.11321>`_, 2024
   """
-  _check.fraction('decay', decay)
+  _check.fraction(decay=decay)
   interval = _learned.growing(50) if refresh_every is None else refresh_every
-  _check.interval('refresh_every', interval)
-  _check.positive_int('max_size', max_size)
-  _check.positive('max_ratio', max_ratio)
-  _check.floating('storage_dtype', storage_dtype)
+  _check.interval(refresh_every=interval)
+  _check.positive_int(max_size=max_size)
+  _check.positive(max_ratio=max_ratio)
+  _check.floating(storage_dtype=storage_dtype)
 
-  layout_of = functools.partial(
-    _vectors.layout,
-    leaves=leaves,
-    axes=axes,
-    batch_axes=batch_axes,
-    axis_name=axis_name,
-    stacked=True,
-  )
+  layout_of = _vectors.layouts_with_factors(leaves, axes, batch_axes, axis_name)
 
   def factored(layout):
     return [_factored_axes(part, max_size, max_ratio) for part in layout.parts]

@@ -123,13 +123,11 @@ def pca(
     Algorithms for Constructing Approximate Matrix Decompositions
     <https://arxiv.org/abs/0909.4061>`_, 2011
   """
-  _check.positive_int('rank', rank)
-  _check.positive_int('history', history)
-  _check.fraction('decay', decay)
   if refresh_every is None:
     refresh_every = history
-  _check.positive_int('refresh_every', refresh_every)
-  _check.floating('storage_dtype', storage_dtype)
+  _check.positive_int(rank=rank, history=history, refresh_every=refresh_every)
+  _check.fraction(decay=decay)
+  _check.floating(storage_dtype=storage_dtype)
   if decay == 0 and rank > history:
     raise ValueError(
       f'rank must not exceed history when decay is 0, got rank={rank} and'
@@ -141,7 +139,7 @@ def pca(
       f' once; got refresh_every={refresh_every} for history={history}; leave it out,'
       ' or set decay=0 for a sliding window.'
     )
-  _check.one_of('solver', solver, 'auto', 'gram', 'randomized')
+  _check.one_of('auto', 'gram', 'randomized', solver=solver)
   if solver == 'auto':
     solver = _svd.cheaper_solver(rank, history + (rank if decay > 0 else 0))
   first_refresh = refresh_every * math.ceil(max(history, rank) / refresh_every)

@@ -18,6 +18,14 @@ def test_names_are_found_however_often_init_was_traced():
     assert len(bsfa_optax.summary(tx, params).leaves) == 2
 
 
+def test_filter_is_seen_within_a_jitted_init_which_stays_as_it_was():
+  params = {'dense': {'bias': jnp.ones(3), 'kernel': jnp.ones((2, 3))}}
+  alone = bsfa_optax.bsfa_adamw(1e-3)
+  tx = optax.GradientTransformationExtraArgs(jax.jit(alone.init), alone.update)
+  assert block_names(tx, params) == ['dense/kernel']
+  assert jax.tree.structure(tx.init(params)) == jax.tree.structure(alone.init(params))
+
+
 def warnings(tx, shapes):
   is_shape = lambda x: isinstance(x, tuple)
   abstract = jax.tree.map(
