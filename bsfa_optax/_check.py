@@ -98,6 +98,11 @@ def positive_scalar(**options: Any) -> None:
   _above_zero(**options)
 
 
+@_must_be('a number', '; a schedule goes to learning_rate', TypeError)
+def no_schedule(value):
+  return not callable(value)
+
+
 @_must_be('True or False', error=TypeError)
 def boolean(value):
   return isinstance(value, (bool, np.bool_))

@@ -214,6 +214,7 @@ def bsfa_adamw(
     <https://arxiv.org/abs/1711.05101>`_, 2019
   """
   _check.fraction(b1=b1, b2=b2)
+  _check.no_schedule(eps=eps, eps_root=eps_root)
   _check.multiplier(eps=eps, eps_root=eps_root)
   _check.floating(mu_dtype=mu_dtype)
   _check.boolean(nesterov=nesterov)
@@ -321,6 +322,7 @@ def _descent(
 ) -> optax.GradientTransformationExtraArgs:
   filter = scale_by_whitening() if filter is None else filter
   _check.transformation(filter=filter)
+  _check.no_schedule(step_length=step_length, embedding_scale=embedding_scale)
   _check.positive_scalar(step_length=step_length, embedding_scale=embedding_scale)
   _check.multiplier(learning_rate=learning_rate, weight_decay=weight_decay)
   if isinstance(mask, (str, bytes, int, float)) and not isinstance(mask, bool):

@@ -157,6 +157,7 @@ def projected(
   _check.one_of(*get_args(Residual), residual=residual)
   _check.one_of(*get_args(Carry), carry=carry)
   _check.positive_int(refresh_every=refresh_every)
+  _check.no_schedule(scale=scale)
   _check.multiplier(scale=scale)
   _matrices.check(rank, leaves, batch_axes)
   inner = optax.with_extra_args_support(inner)

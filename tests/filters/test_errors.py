@@ -400,6 +400,15 @@ for name, value in (('eps', -1), ('eps_root', '0'), ('weight_decay', NAN)):
     lambda name=name, value=value: bsfa_adamw(1e-3, **{name: value}),
     [f'{name} must be finite and non-negative', repr(value), NUMBER],
   )
+CALLS['schedule for scale of projected'] = (
+  lambda: projected.projected(SGD, 2, scale=optax.constant_schedule(1.0)),
+  ['scale must be a number', 'a schedule goes to learning_rate'],
+)
+for name in ('step_length', 'embedding_scale', 'eps', 'eps_root'):
+  CALLS[f'schedule for {name} of adamw'] = (
+    lambda name=name: bsfa_adamw(1e-3, **{name: optax.constant_schedule(1.0)}),
+    [f'{name} must be a number', 'a schedule goes to learning_rate'],
+  )
 for name in ('step_length', 'embedding_scale'):
   CALLS[f'{name} of adamw'] = (
     lambda name=name: bsfa_adamw(1e-3, **{name: 0.0}),
