@@ -211,11 +211,14 @@ class FrozenFactors:
 
   Attributes:
     w: W0, ``(*batch, m, n)``.
+    squares: sums over the columns of W0 of its squares ``(*batch, n)``, or None where
+      norms are free.
     scale: what multiplies the product of the factors.
     restart: whether `renew` adds the product to W0 and starts the factors anew.
   """
 
   w: Any
+  squares: Any
   scale: float = _static()
   restart: bool = _static()
 
@@ -361,7 +364,8 @@ def _norms_of_sum(trained: Factors, frozen: FrozenFactors) -> jax.Array:
   """The columns' norms of W0 + scale I J from products no larger than the factors."""
   wide = accumulator(trained.i.dtype)
   w, i, j = (x.astype(wide) for x in (frozen.w, trained.i, frozen.scale * trained.j))
-  squares = _squares(w) + 2 * (product('mn,mr->rn', w, i) * j).sum(-2)
+  # Kept, as not every compiler sums squares without an array of them.
+  squares = frozen.squares.astype(wide) + 2 * (product('mn,mr->rn', w, i) * j).sum(-2)
   squares += (product('rs,sn->rn', product('mr,ms->rs', i, i), j) * j).sum(-2)
   return _norms(squares)
 
@@ -470,8 +474,9 @@ def init(
     if not rank:
       return w, optax.MaskedNode()
     if isinstance(method, _LoRA):
-      norms = _norms(_squares(w)).astype(w.dtype) if method.column_norm else None
-      kept = FrozenFactors(w, method.scale, method.restart)
+      squares = _squares(w) if method.column_norm else None
+      norms = None if squares is None else _norms(squares).astype(w.dtype)
+      kept = FrozenFactors(w, squares, method.scale, method.restart)
       return _factors(w, rank, next(keys), norms), kept
     u, s, v = _svd(w)
     none = jnp.zeros((), jnp.int32)
@@ -697,7 +702,9 @@ def renew(
     elif isinstance(f, FrozenFactors) and f.restart:
       # Without the magnitudes, which are trained on: they norm the new W0 again.
       whole = LowRankArray(t._replace(magnitude=None), f)
-      f = dataclasses.replace(f, w=_exact(whole))
+      dense = _exact(whole)
+      squares = None if f.squares is None else _squares(dense)
+      f = dataclasses.replace(f, w=dense, squares=squares)
       t = _factors(f.w, t.i.shape[-1], own, t.magnitude)
       due |= {'vectors': True}
     renewed.append((t, f))
