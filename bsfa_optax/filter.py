@@ -288,6 +288,7 @@ def bsfa_adafactor(
     <https://arxiv.org/abs/1804.04235>`_, 2018
   """
   _check.fraction(b1=b1)
+  _check.no_schedule(decay_rate=decay_rate, clipping_threshold=clipping_threshold)
   _check.multiplier(decay_rate=decay_rate)
   _check.positive_scalar(clipping_threshold=clipping_threshold)
   _check.positive_int(min_dim_size_to_factor=min_dim_size_to_factor)
@@ -612,13 +613,14 @@ def split_by_subspace(
 
   def update(updates, state, params=None, **extra):
     _learned.check_state(SplitState, state)
-    old, first, second = state
+    old, dominant_state, bulk_state = state
     rest, new = projector.update(updates, old, params, **extra)
     # Of an update that is not finite, which passed through, the difference is NaN.
     skipped = new.skipped_updates != old.skipped_updates
     projected = jax.tree.map(lambda v, r: jnp.where(skipped, 0, v - r), updates, rest)
-    projected, first = inside.update(projected, first, params, **extra)
-    rest, second = outside.update(rest, second, params, **extra)
-    return jax.tree.map(jnp.add, projected, rest), SplitState(new, first, second)
+    first, dominant_state = inside.update(projected, dominant_state, params, **extra)
+    second, bulk_state = outside.update(rest, bulk_state, params, **extra)
+    state = SplitState(new, dominant_state, bulk_state)
+    return jax.tree.map(jnp.add, first, second), state
 
   return optax.GradientTransformationExtraArgs(init, update)

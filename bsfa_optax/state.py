@@ -109,7 +109,7 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
     layers/0/kernel  8 x 8   yes                      1 x 8 x 9, 1 x 8 x 9  580    100%
     state: 5,268 bytes, 9.0 a parameter
   """
-  found = _observed(tx, params)
+  state, found = _observed(tx, params)
   rows = [row for observed in found for row in _rows(observed)]
   parameters = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
   warnings = [w for observed in found for w in _warnings(observed)]
@@ -117,7 +117,7 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
     warnings.append(
       'no leaf is filtered; say which are by leaves=lambda name, leaf: ...'
     )
-  return Summary(tuple(rows), state_bytes(tx, params), parameters, tuple(warnings))
+  return Summary(tuple(rows), _bytes(state), parameters, tuple(warnings))
 
 
 def _rows(observed: _learned.Observed) -> Iterator[LeafSummary]:
@@ -204,7 +204,8 @@ def block_names(tx: optax.GradientTransformation, params: optax.Params) -> list[
     >>> block_names(bsfa_optax.bsfa_adamw(1e-3), params)
     ['dense/kernel']
   """
-  return next((observed.layout.names for observed in _observed(tx, params)), [])
+  _, found = _observed(tx, params)
+  return found[0].layout.names if found else []
 
 
 def scalars(
@@ -238,7 +239,7 @@ def scalars(
     bsfa/age 0.0
     bsfa/dense/kernel/effective_directions 1.0
   """
-  filters = _observed(tx, params)
+  _, filters = _observed(tx, params)
 
   def log(state: optax.OptState) -> dict[str, float]:
     out: dict[str, float] = {}
@@ -268,12 +269,12 @@ def _filter_states(state: optax.OptState) -> list[_learned.FilterState]:
 
 def _observed(
   tx: optax.GradientTransformation, params: optax.Params
-) -> list[_learned.Observed]:
-  """Memory, abstract, and layout of each filter in `tx`, in the order of its state."""
+) -> tuple[optax.OptState, list[_learned.Observed]]:
+  """The abstract state, and what the filters in it tell, in its order."""
   _check.transformation(tx=tx)
   with _learned.observing(True):
     state = jax.eval_shape(tx.init, params)
-  return [one.memory for one in _filter_states(state)]
+  return state, [one.memory for one in _filter_states(state)]
 
 
 def _bytes(tree: Any) -> int:

@@ -409,6 +409,13 @@ for name in ('step_length', 'embedding_scale', 'eps', 'eps_root'):
     lambda name=name: bsfa_adamw(1e-3, **{name: optax.constant_schedule(1.0)}),
     [f'{name} must be a number', 'a schedule goes to learning_rate'],
   )
+for name in ('decay_rate', 'clipping_threshold'):
+  CALLS[f'schedule for {name} of adafactor'] = (
+    lambda name=name: bsfa_optax.bsfa_adafactor(
+      1e-3, **{name: optax.constant_schedule(1.0)}
+    ),
+    [f'{name} must be a number', 'a schedule goes to learning_rate'],
+  )
 for name in ('step_length', 'embedding_scale'):
   CALLS[f'{name} of adamw'] = (
     lambda name=name: bsfa_adamw(1e-3, **{name: 0.0}),
