@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bsfa_optax import _vectors
 from bsfa_optax.whitening import INNER, inverse_square_root, OUTER
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -127,3 +128,23 @@ def test_coefficients_are_those_of_the_script():
   np.testing.assert_allclose(inner, INNER, atol=2e-3)
   for found, stored in zip(outer, OUTER, strict=True):
     np.testing.assert_allclose(found, stored, rtol=2e-3)
+
+
+def test_large_batches_go_through_in_portions(monkeypatch):
+  matrices = [jnp.eye(64)[None] * jnp.arange(1.0, n)[:, None, None] for n in (20, 8)]
+
+  def compiled():
+    # A new function each time: the compiler's cache knows it by its identity.
+    roots = lambda given: _vectors.by_size(inverse_square_root, given)
+    return jax.jit(roots).lower(matrices).compile()
+
+  whole = compiled()
+  monkeypatch.setattr(_vectors, 'LARGE', 4 * 64**2)
+  portions = compiled()
+  temporary = lambda x: x.memory_analysis().temp_size_in_bytes
+  assert temporary(portions) < temporary(whole) / 2
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5),
+    portions(matrices),
+    whole(matrices),
+  )
