@@ -142,7 +142,7 @@ def test_large_batches_go_through_in_portions(monkeypatch):
   monkeypatch.setattr(_vectors, 'LARGE', 4 * 64**2)
   portions = compiled()
   temporary = lambda x: x.memory_analysis().temp_size_in_bytes
-  assert temporary(portions) < temporary(whole) / 2
+  assert temporary(portions) < 0.7 * temporary(whole)  # the rest: matrices and roots
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5),
     portions(matrices),
