@@ -183,12 +183,15 @@ def spread(values: Iterable[float], digits: int = 4) -> str:
 
 
 def factor(values: list[SpeedUp], ratio: float = 1.0) -> str:
-  """Mean and spread of speed-ups over seeds; a bound if any of them is one."""
+  """Mean and spread of speed-ups over seeds; the mean alone if any is only a bound."""
   if not values:
     return '-'
+  factors = [value.factor / ratio for value in values]
   bounds = {value.relation for value in values} - {'='}
-  sign = bounds.pop() if len(bounds) == 1 else '~' if bounds else ''
-  return sign + spread((value.factor / ratio for value in values), 2) + 'x'
+  if not bounds:
+    return spread(factors, 2) + 'x'
+  sign = bounds.pop() if len(bounds) == 1 else '~'
+  return f'{sign}{statistics.fmean(factors):.2f}x'
 
 
 def gains(of: Study, contender: str, rate: float | None) -> tuple[str, str, str]:

@@ -90,6 +90,8 @@ def page(tmp_path, tiny, store, folders, save_result, monkeypatch):
     ('lora-6', 0.1, [1.5]),
     ('lora-6', 0.2, [None]),
     ('galore-6', 0.1, [1.8]),
+    ('relora-6-400', 0.1, [1.7]),
+    ('relora-6-800', 0.1, [1.6]),
     ('sst-6-50', 0.1, [1.3]),
     ('sst-6-100', 0.1, [1.3]),
     ('sst-6-100', 0.2, [1.2]),
@@ -112,7 +114,7 @@ def test_table_has_the_best_rate_and_round_of_each(page):
     for line in page.splitlines()
     if len(cells := line.split('|')) > 1
   }
-  assert list(rows)[2:] == ['`adamw`', '`lora-6`', '`galore-6`', '`sst-6`']
+  assert list(rows)[2:] == ['`adamw`', '`lora-6`', '`galore-6`', '`relora-6`', '`sst-6`']
   assert rows['`sst-6`'] == ['0.2', '100', '1.2000', '16', '128', '75%']
   assert rows['`lora-6`'][4:] == ['128', '0%']
   assert rows['`galore-6`'][-1] == '-75%'
@@ -124,6 +126,8 @@ def test_what_the_table_lacks_is_said(page):
   assert '- all runs of muon, bsfa, lora-6-norm' in text
   assert '- 2 of 3 seeds of adamw' in text
   assert '- a longer and a shorter rate of galore-6 than 0.1' in text
+  assert '- a longer and a shorter rate of relora-6 than 0.1' in text
+  assert 'round of relora-6 than' not in text  # half the run, and a shorter one
   assert 'of sst-6 than' not in text  # the best rate and round have worse on both sides
 
 
