@@ -114,7 +114,8 @@ def test_table_has_the_best_rate_and_round_of_each(page):
     for line in page.splitlines()
     if len(cells := line.split('|')) > 1
   }
-  assert list(rows)[2:] == ['`adamw`', '`lora-6`', '`galore-6`', '`relora-6`', '`sst-6`']
+  methods = ['adamw', 'lora-6', 'galore-6', 'relora-6', 'sst-6']
+  assert list(rows)[2:] == [f'`{method}`' for method in methods]
   assert rows['`sst-6`'] == ['0.2', '100', '1.2000', '16', '128', '75%']
   assert rows['`lora-6`'][4:] == ['128', '0%']
   assert rows['`galore-6`'][-1] == '-75%'
