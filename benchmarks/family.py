@@ -113,8 +113,6 @@ def missing(of: Study) -> Iterator[str]:
       yield f'{len(best.scores)} of {report.SEEDS} seeds of {method}'
     rates = {one.rate for one in settings if one.round == best.round}
     rounds = {one.round for one in settings if one.round}
-    if best.round and best.round > STEPS / 2:
-      rounds.add(STEPS)  # a longer one is nearly LoRA, which has none
     for what, value, tried in ('rate', best.rate, rates), ('round', best.round, rounds):
       if value and (len(tried) < TRIED or value in (min(tried), max(tried))):
         yield f'a longer and a shorter {what} of {method} than {value:g}'
