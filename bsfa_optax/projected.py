@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsfa_optax import _check, _learned, _matrices
+from bsfa_optax import _check, _learned, _matrices, _vectors
 from bsfa_optax._vectors import accumulator, product, resharded, spec_of
 from bsfa_optax.estimators import _dct
 
@@ -21,7 +21,7 @@ Residual = Literal[None, 'sign', 'scaled']
 Carry = Literal['reset', 'keep', 'rotate']
 
 _LIMIT = 1.01  # growth of the scaled residual's norm a step
-_SECOND_MOMENTS = ('nu', 'nu_max', 'sum_of_squares')
+_FIRST_MOMENTS = ('mu', 'trace')  # may happen to have one sign
 
 
 class Basis(NamedTuple):
@@ -106,7 +106,9 @@ def projected(
       singular vectors, by a randomised method that never gathers the matrix;
       ``'random'``: random orthonormal vectors; ``'columns'``: random columns of the
       identity; ``'dct'``: the columns of the cosine transform on which the gradient's
-      coordinates have the largest :math:`\ell_1` norm. The last two store indices.
+      coordinates have the largest :math:`\ell_1` norm, for which a mesh has to send all
+      of a matrix split along its shorter side. The last two store indices, and the
+      state of one passes for that of the other.
     residual: None: the rest is dropped; ``'sign'``: its sign; ``'scaled'``: each of its
       rows (columns of a wide matrix) by the factor by which `inner` scaled that of the
       coordinates, and its norm limited to grow by 1 % a step.
@@ -114,8 +116,9 @@ def projected(
     carry: what happens to `inner`'s state when the subspace turns. ``'reset'``: made
       anew, its counts too, but not those of schedules; ``'keep'``: kept, as numbers in
       the new coordinates; ``'rotate'``: arrays of the coordinates' shape are carried
-      over by the overlap :math:`P'^T P` of the subspaces, those of second moments
-      (``nu``, ``nu_max``, ``sum_of_squares``) by its square.
+      over by the overlap :math:`P'^T P` of the subspaces; those without a negative
+      entry, as second moments are, by its squares, unless named ``mu`` or ``trace``.
+      The variance of a centered RMSprop may turn negative by that.
     scale: factor of the part in the subspace.
     leaves: a function of a leaf's name, such as ``'layers/0/kernel'``, and the leaf,
       that says which are projected. None: those that
@@ -130,8 +133,9 @@ def projected(
 
   Raises:
     TypeError: if `inner` is no transformation or `leaves` no function.
-    ValueError: for options out of range, a rank above a matrix, a chosen leaf that is
-      no matrix, or no matrix at all (both from `init`).
+    ValueError: for options out of range; from `init`, for a rank above a matrix, a
+      chosen leaf that is no matrix, or no matrix at all; from `update`, for a state of
+      other shapes than `init` gives.
 
   Examples:
     Lion in random subspaces of a quarter of each matrix, sign descent outside:
@@ -180,6 +184,13 @@ def projected(
 
   def update(updates, state, params=None, **extra_args):
     _learned.check_state(ProjectedState, state)
+    _vectors.check_shapes(
+      state,
+      _vectors.shapes(jax.eval_shape(init, updates)),
+      'state must be of the same options and of parameters like the updates',
+      '{}',
+      'build the transformation as the state was made, or make a new state with init',
+    )
     ranks = _matrices.ranks(updates, rank, leaves, batch_axes)
     count, old = state.projection_count, state.projection_basis
     inside = state.coordinate_state
@@ -267,7 +278,7 @@ def _new_basis(
     new = _matrices.top_directions(g, rank, key)
   else:
     new = _matrices.orthonormal(_matrices.gaussian(key, g, rank))
-  new = resharded(new.astype(g.dtype), g, (*batch, short, None))
+  new = resharded(new.astype(old.dtype), g, (*batch, short, None))
   return jnp.where(jnp.isfinite(new).all(), new, old)
 
 
@@ -290,19 +301,22 @@ def _down(rank: int, x: jax.Array, p: jax.Array) -> Coordinates:
 
 def _rotated(state: optax.OptState, coordinates: Any, overlaps: Any) -> Any:
   """The inner optimizer's state in the coordinates of the new bases."""
-  # Moments, momenta and whatever else of the state has the tree of the coordinates.
-  kind = lambda x: (jax.tree.structure(x), [y.shape for y in jax.tree.leaves(x)])
-  are_coordinates = lambda x: kind(x) == kind(coordinates)
+  # Moments, momenta and whatever else of the state ends like a leaf of the coordinates:
+  # one by one, as optimizers for some of the leaves have trees of some.
+  found = jax.tree.leaves_with_path(coordinates)
+  turns = zip(found, jax.tree.leaves(overlaps), strict=True)
+  own = {path: (x.shape, by) for (path, x), by in turns}
 
-  def turned(path, node):
-    if not are_coordinates(node):
-      return node
-    second = any(getattr(key, 'name', None) in _SECOND_MOMENTS for key in path)
-    turns = jax.tree.map(jnp.square, overlaps) if second else overlaps
-    turn = lambda x, by: product('no,mo->mn', by, x).astype(x.dtype)
-    return jax.tree.map(turn, node, turns)
+  def turned(path, x):
+    for i in range(len(path)):
+      shape, by = own.get(path[i:], (None, None))
+      if shape == jnp.shape(x):
+        if not any(getattr(key, 'name', None) in _FIRST_MOMENTS for key in path[:i]):
+          by = jnp.where((x >= 0).all(), jnp.square(by), by)
+        return product('no,mo->mn', by, x).astype(x.dtype)
+    return x
 
-  return jax.tree.map_with_path(turned, state, is_leaf=are_coordinates)
+  return jax.tree.map_with_path(turned, state)
 
 
 def _whole(residual: Residual, scale: Any, count: jax.Array) -> Callable:

@@ -1,6 +1,8 @@
 """Projected optimizers against their authors' update rules, and as transformations."""
 
 import functools
+import math
+import re
 
 import jax
 from jax import P
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import bsfa_optax
@@ -225,6 +228,89 @@ def test_carry():
   assert (after['rotate'].nu['tall'].values >= 0).all()
 
 
+INNER = {
+  'adadelta': lambda: optax.adadelta(1.0),
+  'adafactor': lambda: optax.adafactor(0.02),
+  'adan': lambda: optax.adan(0.02),
+  'rms': lambda: optax.chain(optax.scale_by_factored_rms(), optax.scale(-0.02)),
+  'prodigy': optax.contrib.prodigy,
+  'bsfa_adafactor': lambda: bsfa_optax.bsfa_adafactor(0.02),
+  'bsfa_adamw': lambda: bsfa_optax.bsfa_adamw(0.02),
+  'whitening': lambda: optax.chain(bsfa_optax.scale_by_whitening(), optax.scale(-0.02)),
+}
+
+
+@pytest.mark.usefixtures('standard_promotion')
+@pytest.mark.parametrize(
+  'name',
+  [pytest.param(x, marks=() if x == 'adan' else pytest.mark.slow) for x in INNER],
+)
+def test_optimizers_go_on_over_turns(name):
+  rng = np.random.default_rng(0)
+  x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, 9), (9, 6)))
+  loss = lambda params: jnp.square(x @ (params - w)).mean()
+  tx = projected(INNER[name](), 4, subspace='random', refresh_every=4)
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update(jax.grad(loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  params = jnp.zeros_like(w)
+  state = tx.init(params)
+  for _ in range(12):
+    params, state = step(params, state)
+  assert loss(params) < loss(jnp.zeros_like(w))
+
+
+def test_momentum_of_one_sign_is_no_second_moment():
+  """A subspace may come back with its sign changed."""
+  g = jnp.ones((4, 1))
+  leaves = lambda name, leaf: True
+  tx = projected(optax.trace(0.9), 1, subspace='random', refresh_every=1, leaves=leaves)
+  params, states = run(tx, [g] * 5)
+  expected, _ = run(optax.trace(0.9), [g] * 5)
+  np.testing.assert_allclose(params, expected, rtol=1e-4)
+  assert len({s.projection_basis.vectors.item() > 0 for s in states}) == 2
+
+
+@pytest.mark.slow
+def test_a_partition_is_carried_like_its_parts():
+  def labels(tree):
+    return jax.tree.map_with_path(lambda path, _: 'tall' in str(path), tree)
+
+  adam = optax.scale_by_adam()
+  parts = optax.partition({True: adam, False: adam}, labels)
+  tx = functools.partial(projected, rank=RANK, subspace='columns', refresh_every=2)
+  expected, _ = run(tx(adam), recorded(5))
+  params, _ = run(tx(parts), recorded(5))
+  for k in params:
+    np.testing.assert_allclose(params[k], expected[k], rtol=1e-6, atol=1e-6, err_msg=k)
+
+
+@pytest.mark.slow
+def test_checkpoint_between_turns(tmp_path):
+  tx = fira(RATE, RANK, refresh_every=3)
+  grads = recorded(8)
+  params = jax.tree.map(jnp.ones_like, grads[0])
+  step = jax.jit(tx.update)
+
+  def steps(state, grads):
+    for g in grads:
+      updates, state = step(g, state, params)
+    return updates, state
+
+  _, state = steps(tx.init(params), grads[:5])
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'state', state)
+    checkpointer.wait_until_finished()
+    target = jax.eval_shape(tx.init, params)
+    restored = checkpointer.restore(tmp_path / 'state', target)
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  ended = [steps(x, grads[5:]) for x in (state, restored)]
+  assert jax.tree.all(jax.tree.map(jnp.array_equal, *ended))
+
+
 def test_gradient_that_is_not_finite_makes_no_subspace():
   tx = projected(optax.identity(), RANK)
   (g,) = recorded(1, {'tall': SHAPES['tall']})
@@ -234,6 +320,16 @@ def test_gradient_that_is_not_finite_makes_no_subspace():
   updates, state = update(g, state)
   assert np.isfinite(updates['tall']).all()
   assert np.abs(updates['tall']).max() > 0
+
+
+@pytest.mark.usefixtures('standard_promotion')
+@pytest.mark.parametrize('dtypes', [('bfloat16', 'float32'), ('float32', 'bfloat16')])
+def test_updates_may_have_another_dtype_than_parameters(dtypes):
+  tx = projected(optax.scale_by_adam(), RANK)
+  params, g = (jax.tree.map(jnp.ones_like, recorded(1, dtype=x)[0]) for x in dtypes)
+  updates, state = jax.eval_shape(tx.update, g, jax.eval_shape(tx.init, params), params)
+  found = state.projection_basis['tall'].vectors.dtype, updates['tall'].dtype
+  assert found == dtypes
 
 
 @pytest.mark.slow
@@ -333,17 +429,65 @@ def test_sharded_is_unsharded(subspace, kind):
     np.testing.assert_allclose(params[k], expected[k], rtol=1e-3, atol=1e-3, err_msg=k)
 
 
+COLLECTIVE = re.compile(
+  r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)'
+  r'(?:-start)?\('
+)
+
+
+def sent(tx, grads):
+  """How arrays go over the mesh in a compiled update, and of how many entries."""
+  lowered = jax.jit(tx.update).lower(grads, jax.jit(tx.init)(grads), grads)
+  text = lowered.compile({'xla_backend_optimization_level': 0}).as_text()
+  return {
+    (name, math.prod(int(n) for n in sizes.split(',') if n))
+    for result, name in COLLECTIVE.findall(text)
+    for sizes in re.findall(r'\w\[([\d,]*)\]', result)
+  }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('subspace', 'kind'), [('svd', 'explicit'), ('svd', 'auto'), ('dct', 'explicit')]
+)
+def test_matrices_split_within_are_not_gathered_for_singular_vectors(subspace, kind):
+  tx = projected(optax.scale_by_adam(), 2, subspace=subspace)
+  mesh = jax.make_mesh((4, 2), ('fsdp', 'tensor'), axis_types=(MESHES[kind],) * 2)
+  specs = {'both': P('fsdp', 'tensor'), 'shorter': P(None, 'fsdp')}
+  with jax.set_mesh(mesh):
+    put = lambda spec: jax.device_put(jnp.ones((256, 128)), NamedSharding(mesh, spec))
+    arrays = sent(tx, {k: put(spec) for k, spec in specs.items()})
+  largest = max(entries for _, entries in arrays)
+  # Thin products alone, of fewer entries than a device's share; dct is the control.
+  assert largest == 256 * 128 if subspace == 'dct' else largest < 256 * 128 // 8
+
+
 @pytest.mark.slow
 def test_layers_need_no_communication():
   tx = projected(optax.scale_by_adam(), 2, residual='scaled', batch_axes=1)
   mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Explicit,))
   with jax.set_mesh(mesh):
     g = jax.device_put(jnp.ones((8, 8, 4)), NamedSharding(mesh, P('fsdp')))
-    text = jax.jit(tx.update).lower(g, jax.jit(tx.init)(g), g).compile().as_text()
-  # One bit says whether all gradients are finite; no array travels.
-  moved = [line for line in text.splitlines() if ' all-' in line and '[]' not in line]
-  assert not moved, moved
-  assert 'collective-permute' not in text
+    # Bits say whether all gradients are finite, and moments have a sign.
+    assert sent(tx, g) == {('all-reduce', 1)}
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'rank': 3}, r'coordinate_state/mu/tall/values, expected \(9, 2\)'),
+    ({'subspace': 'dct'}, r'got \(2,\) for projection_basis/tall/vectors'),
+    ({'residual': 'scaled'}, r'got \(\) for residual_norm/tall, expected nothing'),
+    ({'inner': optax.scale_by_lion()}, 'got nothing for coordinate_state/nu/tall/val'),
+    ({'leaves': lambda name, leaf: name == 'wide'}, 'got nothing for coordinate_state'),
+  ],
+)
+def test_state_of_another_configuration_is_refused(options, message):
+  (g,) = recorded(1)
+  own = {'inner': optax.scale_by_adam(), 'rank': 2}
+  state = jax.eval_shape(projected(**own | options).init, g)
+  with pytest.raises(ValueError, match=f'state must be of the same options.*{message}'):
+    jax.eval_shape(projected(**own).update, g, state)
 
 
 @pytest.mark.parametrize(
