@@ -14,6 +14,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+import numpy as np
 import optax
 
 from bsfa_optax import _check, _svd, _vectors
@@ -43,6 +44,7 @@ def ranks(
   params: Any, rank: int | float, leaves: _vectors.Predicate, batch_axes: BatchAxes
 ) -> Any:
   """For each leaf the rank to work with, 0 if it is left alone; a box is a leaf."""
+  _vectors.check_arrays(params)
   names, nodes, treedef = _vectors.flatten(params, _vectors.is_box)
   arrays = [jax.tree.leaves(node)[0] for node in nodes]
   count = batch_axes if callable(batch_axes) else lambda name, leaf: batch_axes
@@ -50,12 +52,12 @@ def ranks(
   chosen = _vectors.choose(names, arrays, [tuple(range(n)) for n in batch], leaves)
   found = []
   for name, x, n, (yes, _) in zip(names, arrays, batch, chosen, strict=True):
-    is_matrix = x.ndim == 2 + n and jnp.issubdtype(x.dtype, jnp.floating)
+    is_matrix = np.ndim(x) == 2 + n and jnp.issubdtype(x.dtype, jnp.floating)
     if yes and not is_matrix and leaves is not None:
       raise ValueError(
-        f'leaves chose {name!r}, which is no real matrix: shape {x.shape}, dtype'
-        f' {x.dtype}, with batch_axes {n}. Leave it out, or say in batch_axes how many'
-        ' leading axes index layers; split a complex leaf with'
+        f'leaves chose {name!r}, which is no real matrix: shape {np.shape(x)}, dtype'
+        f' {jnp.result_type(x)}, with batch_axes {n}. Leave it out, or say how many'
+        ' leading axes index layers in batch_axes; split a complex leaf with'
         ' optax.contrib.split_real_and_imaginary.'
       )
     found.append(_rank(rank, name, x) if yes and is_matrix else 0)

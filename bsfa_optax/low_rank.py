@@ -6,7 +6,7 @@ made, trained, renewed in rounds and merged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import math
@@ -100,7 +100,7 @@ def lora(rank: int | float, *, scale: float = 1.0, column_norm: bool = False) ->
     ...   {'w': jnp.ones((6, 4))}, jax.random.key(0), low_rank.lora(2, column_norm=True)
     ... )
     >>> jax.tree.map(jnp.shape, trained)
-    {'w': Factors(i=(6, 2), j=(2, 4), magnitude=(4,))}
+    {'w': NormedFactors(i=(6, 2), j=(2, 4), magnitude=(4,))}
 
   References:
     Hu et al., `LoRA: Low-Rank Adaptation of Large Language Models
@@ -170,7 +170,7 @@ class FrozenSpectrum:
   Attributes:
     u: all left vectors ``(*batch, m, k)``; the drawn ones are out of date.
     v: all right vectors ``(*batch, n, k)``.
-    drawn: which vectors are trained, int32 ``(*batch, rank)``.
+    drawn: which vectors are trained, int32 ``(*batch, rank)``; joined float32.
     draws: draws since the last decomposition, int32 ().
     draws_per_svd: draws between two decompositions.
     enhanced: whether vectors get a gradient without their singular value.
@@ -187,16 +187,29 @@ class FrozenSpectrum:
 
   def one_hot(self, dtype: Any) -> jax.Array:
     """The drawn columns of the identity as rows, (*batch, rank, k)."""
-    return jax.nn.one_hot(self.drawn, self.u.shape[-1], dtype=dtype)
+    return jax.nn.one_hot(self.drawn.astype(int), self.u.shape[-1], dtype=dtype)
 
 
 class Factors(NamedTuple):
-  """The trained part of a matrix W0 + I J (m, n).
+  """The trained part of a matrix W0 + s I J (m, n).
 
   Attributes:
     i: ``(*batch, m, rank)``.
     j: ``(*batch, rank, n)``.
-    magnitude: the norms of the columns ``(*batch, n)``, or None where they are free.
+  """
+
+  i: Any
+  j: Any
+
+
+# Not an attribute that may be None: Orbax would restore one from the other, silently.
+class NormedFactors(NamedTuple):
+  """`Factors` of a matrix whose columns have trained norms.
+
+  Attributes:
+    i: ``(*batch, m, rank)``.
+    j: ``(*batch, rank, n)``.
+    magnitude: the norms of the columns ``(*batch, n)``.
   """
 
   i: Any
@@ -207,19 +220,19 @@ class Factors(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrozenFactors:
-  """What belongs to `Factors` and is not trained.
+  """What belongs to `Factors` or `NormedFactors` and is not trained.
 
   Attributes:
     w: W0, ``(*batch, m, n)``.
     squares: sums over the columns of W0 of its squares ``(*batch, n)``, or None where
       norms are free.
-    scale: what multiplies the product of the factors.
+    scale: what multiplies the columns of I, ``(*batch, rank)``.
     restart: whether `renew` adds the product to W0 and starts the factors anew.
   """
 
   w: Any
   squares: Any
-  scale: float = _static()
+  scale: Any
   restart: bool = _static()
 
   shape = property(lambda self: tuple(self.w.shape))
@@ -260,6 +273,7 @@ class LowRankArray(np.lib.mixins.NDArrayOperatorsMixin):
   ndim = property(lambda self: len(self.shape))
   size = property(lambda self: math.prod(self.shape))
   T = property(lambda self: self.dense().T)
+  mT = property(lambda self: self.dense().mT)
 
   def __repr__(self) -> str:
     try:
@@ -273,6 +287,15 @@ class LowRankArray(np.lib.mixins.NDArrayOperatorsMixin):
     return _applied(None, self.trained, self.frozen).astype(self.dtype)
 
   __jax_array__ = dense
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    return np.asarray(self.dense(), dtype)
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __iter__(self) -> Iterator[jax.Array]:
+    return iter(self.dense())
 
   def __array_ufunc__(self, ufunc, method, *inputs, out=None):
     # Also Python's operators; in place, they give a new array as those of JAX do.
@@ -296,6 +319,7 @@ class LowRankArray(np.lib.mixins.NDArrayOperatorsMixin):
 
 def _applied(x: jax.Array | None, trained: Any, frozen: Any) -> jax.Array:
   """x W for x (..., m), or W if x is None; in float32 or wider."""
+  frozen = _constant(frozen)
   if isinstance(trained, Spectrum):
     hot = frozen.one_hot(trained.s.dtype)
     own = product('rk,k->r', hot, trained.s).astype(trained.s.dtype)
@@ -304,13 +328,30 @@ def _applied(x: jax.Array | None, trained: Any, frozen: Any) -> jax.Array:
     drawn = _enhanced if frozen.enhanced else _spectral
     rest = _spectral(x, frozen.u, others, frozen.v)
     return rest + drawn(x, trained.u, own, trained.v)
-  i, j, magnitude = trained
-  change = frozen.scale * _spectral(x, i, None, jnp.matrix_transpose(j))
+  i, j, *magnitude = trained
+  change = _spectral(x, i, frozen.scale, jnp.matrix_transpose(j))
   whole = _left(x, frozen.w).astype(change.dtype) + change
-  if magnitude is None:
+  if not magnitude:
     return whole
   norms = _norms(_squares(whole)) if x is None else _norms_of_sum(trained, frozen)
-  return _by_columns(whole, magnitude.astype(norms.dtype) / norms)
+  return _by_columns(whole, magnitude[0].astype(norms.dtype) / norms)
+
+
+_INSIDE = (
+  'In NNX, split the model and merge it inside the loss: nnx.Optimizer, which updates a'
+  ' model in place, cannot train parts.'
+)
+
+# Without this, any optimizer would train what is frozen, and say nothing.
+_constant = jax.custom_jvp(lambda frozen: frozen)
+
+
+@_constant.defjvp
+def _refused(primals, tangents):
+  raise TypeError(
+    'a gradient is taken of the frozen part of a LowRankArray: take it with respect to'
+    f' `trained`, with `join` inside the loss. {_INSIDE}'
+  )
 
 
 def _left(x: jax.Array | None, w: jax.Array) -> jax.Array:
@@ -319,11 +360,10 @@ def _left(x: jax.Array | None, w: jax.Array) -> jax.Array:
 
 
 def _spectral(
-  x: jax.Array | None, u: jax.Array, s: jax.Array | None, v: jax.Array
+  x: jax.Array | None, u: jax.Array, s: jax.Array, v: jax.Array
 ) -> jax.Array:
-  """x U S V^T, or U S V^T if x is None; S is the identity if s is None."""
-  left = _left(x, u).astype(u.dtype)
-  left = left if s is None else _by_columns(left, s)
+  """x U S V^T, or U S V^T if x is None."""
+  left = _by_columns(_left(x, u).astype(u.dtype), s)
   return _times('mk,nk->mn' if x is None else 'k,nk->n', left, v)
 
 
@@ -360,10 +400,11 @@ def _norms(squares: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.where(squares > 0, squares, 1))
 
 
-def _norms_of_sum(trained: Factors, frozen: FrozenFactors) -> jax.Array:
+def _norms_of_sum(trained: NormedFactors, frozen: FrozenFactors) -> jax.Array:
   """The columns' norms of W0 + scale I J from products no larger than the factors."""
   wide = accumulator(trained.i.dtype)
-  w, i, j = (x.astype(wide) for x in (frozen.w, trained.i, frozen.scale * trained.j))
+  scaled = frozen.scale[..., None] * trained.j
+  w, i, j = (x.astype(wide) for x in (frozen.w, trained.i, scaled))
   # Kept, as not every compiler sums squares without an array of them.
   squares = frozen.squares.astype(wide) + 2 * (product('mn,mr->rn', w, i) * j).sum(-2)
   squares += (product('rs,sn->rn', product('mr,ms->rs', i, i), j) * j).sum(-2)
@@ -406,7 +447,10 @@ def dot(x: jax.Array, w: Any) -> jax.Array:
     return x @ w.astype(x.dtype)
   real = lambda y: jnp.issubdtype(y.dtype, jnp.floating)
   own = jax.tree.map(lambda y: y.astype(x.dtype) if real(y) else y, w)
-  return _applied(x, own.trained, own.frozen).astype(x.dtype)
+  frozen = own.frozen
+  if isinstance(frozen, FrozenSpectrum):  # half precision has few whole numbers
+    frozen = dataclasses.replace(frozen, drawn=w.frozen.drawn)
+  return _applied(x, own.trained, frozen).astype(x.dtype)
 
 
 def init(
@@ -430,12 +474,14 @@ def init(
       a function of name and leaf.
 
   Returns:
-    ``(trained, frozen)``: trees like `params`, with a `Spectrum` or `Factors` in
-    place of each chosen leaf of the first, and a `FrozenSpectrum` or `FrozenFactors` in
-    the second, which has `optax.MaskedNode` elsewhere. Dtypes are the parameters'.
+    ``(trained, frozen)``: trees like `params`, with a `Spectrum`, `Factors` or
+    `NormedFactors` in place of each chosen leaf of the first, and a `FrozenSpectrum` or
+    `FrozenFactors` in the second, which has `optax.MaskedNode` elsewhere. Dtypes are
+    the parameters'.
 
   Raises:
-    TypeError: if `method` is none of these, or `leaves` no function.
+    TypeError: if `method` is none of these, `leaves` no function, a parameter neither
+      an array nor a number, or split already.
     ValueError: if there is no key, a rank out of range, a chosen leaf that is no
       matrix, or none chosen.
 
@@ -464,7 +510,11 @@ def init(
     )
   _matrices.check(method.rank, leaves, batch_axes)
   _check_key(key)
+  if any(map(_is_part, jax.tree.leaves(params, is_leaf=_is_part))):
+    raise TypeError('params are split already; give those of `merge` to split anew.')
   ranks = jax.tree.leaves(_matrices.ranks(params, method.rank, leaves, batch_axes))
+  if not ranks:
+    raise ValueError(f'params must have a matrix, got {params!r}.')
   _, given, treedef = _vectors.flatten(params)
   pairs = list(zip(given, ranks, strict=True))
   draws = max(math.ceil(min(w.shape[-2:]) / rank) for w, rank in pairs if rank)
@@ -475,9 +525,11 @@ def init(
       return w, optax.MaskedNode()
     if isinstance(method, _LoRA):
       squares = _squares(w) if method.column_norm else None
-      norms = None if squares is None else _norms(squares).astype(w.dtype)
-      kept = FrozenFactors(w, squares, method.scale, method.restart)
-      return _factors(w, rank, next(keys), norms), kept
+      norms = [] if squares is None else [_norms(squares).astype(w.dtype)]
+      scale = jnp.full((*w.shape[:-2], rank), method.scale, w.dtype)
+      scale = resharded(scale, w, (*spec_of(w)[:-2], None))
+      kept = FrozenFactors(w, squares, scale, method.restart)
+      return _factors(w, rank, next(keys), *norms), kept
     u, s, v = _svd(w)
     none = jnp.zeros((), jnp.int32)
     frozen = FrozenSpectrum(u, v, None, none, draws, method.enhanced)
@@ -518,8 +570,10 @@ def join(trained: Any, frozen: Any) -> Any:
     meta.AxisMetadata.register(LowRankArray)
 
   def whole(t, f):
-    if isinstance(f, FrozenSpectrum):  # the count has no axis for a scan to take
-      f = dataclasses.replace(f, draws=None)
+    if isinstance(f, FrozenSpectrum):
+      # The count has no axis for a scan to take; whoever differentiates with respect to
+      # all should get as far as the error that says what to do.
+      f = dataclasses.replace(f, draws=None, drawn=f.drawn.astype(jnp.float32))
     return t if isinstance(f, optax.MaskedNode) else LowRankArray(t, f)
 
   treedef, pairs = _pairs(trained, frozen)
@@ -628,14 +682,15 @@ def _labels(params: Any) -> Any:
   def label(x):
     if isinstance(x, LowRankArray):
       raise TypeError(
-        'an optimizer got the result of `join`; give it `trained` and its gradients. In'
-        ' NNX, split the model and merge it inside the loss: nnx.Optimizer, which'
-        ' updates a model in place, cannot train parts.'
+        'an optimizer got the result of `join`; give it `trained` and its gradients.'
+        f' {_INSIDE}'
       )
     if isinstance(x, Spectrum):
       return Spectrum('vectors', 'values', 'vectors')
     if isinstance(x, Factors):
-      return Factors('vectors', 'vectors', None if x.magnitude is None else 'rest')
+      return Factors('vectors', 'vectors')
+    if isinstance(x, NormedFactors):
+      return NormedFactors('vectors', 'vectors', 'rest')
     return 'rest'
 
   return jax.tree.map(label, params, is_leaf=_is_part)
@@ -701,11 +756,11 @@ def renew(
       due = {'vectors': True, 'values': f.draws == 0}  # all have had as many draws
     elif isinstance(f, FrozenFactors) and f.restart:
       # Without the magnitudes, which are trained on: they norm the new W0 again.
-      whole = LowRankArray(t._replace(magnitude=None), f)
-      dense = _exact(whole)
-      squares = None if f.squares is None else _squares(dense)
+      i, j, *magnitude = t
+      dense = _exact(LowRankArray(Factors(i, j), f))
+      squares = _squares(dense) if magnitude else None
       f = dataclasses.replace(f, w=dense, squares=squares)
-      t = _factors(f.w, t.i.shape[-1], own, t.magnitude)
+      t = _factors(f.w, i.shape[-1], own, *magnitude)
       due |= {'vectors': True}
     renewed.append((t, f))
   new, new_frozen = map(treedef.unflatten, zip(*renewed, strict=True))
@@ -768,7 +823,7 @@ def _check_key(key: Any) -> None:
 
 
 def _is_part(x: Any) -> bool:
-  return isinstance(x, Spectrum | Factors | LowRankArray)
+  return isinstance(x, Spectrum | Factors | NormedFactors | LowRankArray)
 
 
 def _pairs(trained: Any, frozen: Any) -> tuple[Any, list[tuple[Any, Any]]]:
@@ -796,9 +851,10 @@ def _belong(t: Any, f: Any) -> bool:
     (*batch, m, k), n, rank = f.u.shape, f.v.shape[-2], f.drawn.shape[-1]
     shapes = (*batch, m, rank), (*batch, k), (*batch, n, rank)
     return (t.u.shape, t.s.shape, t.v.shape) == shapes
-  if isinstance(t, Factors) and isinstance(f, FrozenFactors):
-    (*batch, m, n), rank = f.w.shape, t.i.shape[-1]
-    return (t.i.shape, t.j.shape) == ((*batch, m, rank), (*batch, rank, n))
+  if isinstance(t, Factors | NormedFactors) and isinstance(f, FrozenFactors):
+    (*batch, m, n), rank = f.w.shape, f.scale.shape[-1]
+    norms = [(*batch, n)] * (f.squares is not None)
+    return [x.shape for x in t] == [(*batch, m, rank), (*batch, rank, n), *norms]
   return not _is_part(t) and isinstance(f, optax.MaskedNode)
 
 
@@ -839,9 +895,9 @@ def _redrawn(
   return _drawn(s, frozen, f.drawn.shape[-1], key)
 
 
-def _factors(w: jax.Array, rank: int, key: jax.Array, magnitude: Any) -> Factors:
+def _factors(w: jax.Array, rank: int, key: jax.Array, *magnitude: jax.Array) -> Any:
   """Those of a start: the second is zero, and so their product is."""
   i = _matrices.gaussian(key, jnp.matrix_transpose(w), rank)
   i = (i / math.sqrt(w.shape[-2])).astype(w.dtype)
   j = jnp.zeros_like(product('mr,mn->rn', i, w), w.dtype)  # split as a product is
-  return Factors(i, j, magnitude)
+  return NormedFactors(i, j, *magnitude) if magnitude else Factors(i, j)

@@ -137,7 +137,7 @@ def train(name, share, args, text, held_out):
     trained, state = step(trained, frozen, state, batch_at(text, i))
     if name in RENEWED and (i + 1) % args.round == 0:
       trained, frozen, state = renew(trained, frozen, state, jax.random.key(i))
-    if i == args.round // 2:  # stored in mid-round, and continued from there
+    if i == args.round * 3 // 2:  # stored in the second round, continued from there
       trained, frozen, state = store(path, (trained, frozen, state))
   merged = trained if dense else low_rank.merge(trained, frozen)
   total = lambda tree, what: sum(getattr(x, what) for x in jax.tree.leaves(tree))

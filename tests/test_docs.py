@@ -35,6 +35,7 @@ NO_EXAMPLES = {
   'bsfa_optax.low_rank.Spectrum',
   'bsfa_optax.low_rank.FrozenSpectrum',
   'bsfa_optax.low_rank.Factors',
+  'bsfa_optax.low_rank.NormedFactors',
   'bsfa_optax.low_rank.FrozenFactors',
 }
 SITE = 'https://bsfa-optax.readthedocs.io/en/latest/'

@@ -1,6 +1,7 @@
 """Reparametrisations: their matrices, gradients, rounds and errors."""
 
 import functools
+import re
 
 import jax
 from jax import P
@@ -91,11 +92,12 @@ def test_merge_after_init_gives_back_the_parameters(name, dtype):
   for tree in (low_rank.join(trained, frozen), merge(trained, frozen)):
     for k, w in tree.items():
       assert (w.shape, w.dtype, w.ndim) == (params[k].shape, dtype, params[k].ndim)
-  tolerance = 2e-6 if dtype == jnp.float32 else 0.05
+  tolerance = 1e-6 if dtype == jnp.float32 else 0.05
   merged = merge(trained, frozen)
+  greatest = max(float(jnp.abs(w).max()) for w in params.values())
   assert_equal(
     *(jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (merged, params)),
-    atol=tolerance,
+    atol=tolerance * greatest,
   )
   assert all(x.size for x in jax.tree.leaves((trained, frozen)))
   assert all(x.dtype == dtype for x in jax.tree.leaves(trained))
@@ -172,7 +174,7 @@ def test_galore_is_lora_with_a_frozen_orthonormal_factor():
   _, (after, *_) = update(params, state, params)
   p = after.projection_basis['w'].vectors  # (4, rank): the shorter side is the second
   # W0 + I J with J = P^T kept and I from zero.
-  parts = lambda i: ({'w': low_rank.Factors(i, p.T, None)}, frozen)
+  parts = lambda i: ({'w': low_rank.Factors(i, p.T)}, frozen)
   factor = jnp.zeros((8, 2))
   adam = optax.adam(0.1)
   lora_state = adam.init(factor)
@@ -310,6 +312,17 @@ def test_dot_is_the_dense_product(name, dtype):
   assert_equal(wide(by_hand), wide(dense), **tolerance)
 
 
+def test_dot_knows_which_vectors_are_drawn_in_half_precision():
+  """bfloat16 has no 257."""
+  k, rank = 300, 1
+  vectors, ones = jnp.eye(k), jnp.ones((k, rank))
+  trained = {'w': low_rank.Spectrum(0 * ones, jnp.eye(k)[257], ones)}
+  drawn, none = jnp.array([257]), jnp.array(0)
+  frozen = low_rank.FrozenSpectrum(vectors, vectors, drawn, none, k, enhanced=True)
+  w = low_rank.join(trained, {'w': frozen})['w']
+  assert (low_rank.dot(jnp.ones(k, jnp.bfloat16), w) == 0).all()
+
+
 @pytest.mark.slow
 def test_dot_makes_no_dense_matrix():
   w = {'w': jnp.ones((300, 200))}
@@ -386,10 +399,9 @@ def test_layers_need_no_communication():
   with jax.set_mesh(mesh):
     params = {'w': jax.device_put(jnp.ones((8, 6, 4)), NamedSharding(mesh, P('fsdp')))}
     text = jax.jit(everything).lower(params, jax.random.key(0)).compile().as_text()
-  moved = [
-    line for line in text.splitlines() if ' all-' in line and 'f32[]' not in line
-  ]
-  assert not moved, moved
+  moved = [line for line in text.splitlines() if ' all-' in line]
+  # Numbers alone: whether it is time to decompose, and norms.
+  assert not [line for line in moved if re.search(r'\w\[\d', line)], moved
   assert 'collective-permute' not in text
 
 
@@ -414,6 +426,35 @@ def fresh(name):
   return trained, frozen, TX.init(trained)
 
 
+@pytest.mark.slow
+def test_checkpoint_of_another_configuration(tmp_path):
+  """The matrices come back as they were, or there is an error."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    for name in ('relora', 'normed'):
+      trained, frozen = start(name)
+      trained, _ = train(TX, trained, frozen, TX.init(trained), 2)
+      checkpointer.save(tmp_path / name, {'trained': trained, 'frozen': frozen})
+      if name == 'relora':
+        expected = merge(trained, frozen)
+    checkpointer.wait_until_finished()
+
+    def restore(name, method):
+      make = lambda p: low_rank.init(p, jax.random.key(1), method, batch_axes=1)
+      parts = jax.eval_shape(make, make_params())
+      target = dict(zip(('trained', 'frozen'), parts, strict=True))
+      return checkpointer.restore(tmp_path / name, target)
+
+    restored = restore('relora', low_rank.relora(2, scale=7.0))
+    assert_equal(low_rank.merge(**restored), expected, atol=1e-6)
+    for name, method in (
+      ('relora', low_rank.sst(2)),
+      ('relora', METHODS['normed']),
+      ('normed', low_rank.relora(2)),
+    ):
+      with pytest.raises(ValueError, match='structure'):
+        restore(name, method)
+
+
 def test_parts_of_another_configuration_are_refused():
   params = make_params()
   trained, frozen = start('sst')
@@ -424,6 +465,9 @@ def test_parts_of_another_configuration_are_refused():
     low_rank.join(other_rank, frozen)
   with pytest.raises(ValueError, match="part of 'tall' do not belong together"):
     low_rank.merge(trained, start('lora')[1])
+  for pair in (('lora', 'normed'), ('normed', 'lora')):
+    with pytest.raises(ValueError, match="part of 'tall' do not belong together"):
+      low_rank.join(start(pair[0])[0], start(pair[1])[1])
   with pytest.raises(ValueError, match='do not have one structure'):
     low_rank.join(trained, {'tall': other_frozen['tall']})
   with pytest.raises(ValueError, match="part of 'tall' do not belong together"):
@@ -467,6 +511,13 @@ def test_bad_arguments(arguments, options, message):
 def test_bad_options():
   with pytest.raises(TypeError, match=r'method must be sst\(...\)'):
     low_rank.init(make_params(), jax.random.key(0), 4)
+  for params, error, message in (
+    ({'w': jnp.ones((8, 4)), 'activation': jnp.tanh}, TypeError, "for 'activation'"),
+    (start('lora')[0], TypeError, 'params are split already'),
+    ({}, ValueError, 'params must have a matrix, got {}'),
+  ):
+    with pytest.raises(error, match=message):
+      low_rank.init(params, jax.random.key(0), METHODS['lora'])
   with pytest.raises(ValueError, match='rank must be a positive integer, got 0'):
     low_rank.init(make_params(), jax.random.key(0), low_rank.lora(0))
   with pytest.raises(ValueError, match='scale must be positive, got -1'):

@@ -89,11 +89,29 @@ def test_example(tmp_path, monkeypatch, capsys):
   small = {'LAYERS': 2, 'WIDTH': 32, 'HIDDEN': 48, 'CONTEXT': 16, 'ROWS': 2}
   for name, size in small.items():
     monkeypatch.setattr(example, name, size)
-  options = ['--output', str(tmp_path), '--methods', 'adamw', 'sst']
+  options = ['--output', str(tmp_path), '--methods', 'adamw', 'frugal', 'sst']
   options += ['--shares', '0.06', '--steps', '6', '--round', '3']
   monkeypatch.setattr(sys, 'argv', [str(EXAMPLE), *options])
   example.main()
-  assert 'another text, exported and fine-tuned' in capsys.readouterr().out
+  head, *rows, last = capsys.readouterr().out.splitlines()
+  assert head.replace(' [MB]', '').split() == [
+    'method',
+    'trained',
+    'state',
+    'peak',
+    'loss',
+  ]
+  labels = ['adamw', 'frugal 6%', 'sst 6%']
+  assert [row[:22].strip() for row in rows] == labels
+  adamw, frugal, sst = (
+    [float(x.replace(',', '')) for x in row[22:].split()] for row in rows
+  )
+  assert adamw[0] == frugal[0] > sst[0]  # trained
+  assert adamw[1] > max(frugal[1], sst[1])  # state
+  assert all(2 < row[-1] < 7 for row in (adamw, frugal, sst))  # log(256) is 5.5
+  assert 'another text, exported and fine-tuned' in last
+  stored = {'adamw', 'frugal-6%', 'sst-6%'}
+  assert {path.name for path in (tmp_path / 'checkpoints').iterdir()} == stored
   assert (tmp_path / 'loss_against_bytes.png').exists()
 
 

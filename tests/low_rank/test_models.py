@@ -1,7 +1,8 @@
-"""Joined parameters in models: Flax NNX and linen, plain products, scan, checkpoint."""
+"""Joined parameters in models: Flax, Equinox, plain products, scan, checkpoint."""
 
 import functools
 
+import equinox as eqx
 from flax import linen as nn
 from flax import nnx
 import jax
@@ -78,6 +79,15 @@ def test_linen():
   same_gradient(lambda params: model.apply(params, X), params, METHODS['sst'])
 
 
+@pytest.mark.slow
+def test_equinox():
+  model = eqx.nn.MLP(8, 4, 6, 1, key=KEY)
+  params, static = eqx.partition(model, eqx.is_inexact_array)
+  same_gradient(
+    lambda params: jax.vmap(eqx.combine(static, params))(X), params, METHODS['sst']
+  )
+
+
 class Stacked(nn.Module):
   @nn.compact
   def __call__(self, x):
@@ -123,6 +133,9 @@ USES = {
   'arithmetic': lambda w: 2 * w + w / 3 - (1 - w) * w**2 - (-w),
   'rows': lambda w: w[jnp.array([1, 3])],
   'reshaped': lambda w: w.reshape(2, 16),
+  'matrices transposed': lambda w: w.mT,
+  'in a loop': lambda w: jnp.stack([*w]),
+  'as NumPy has it': lambda w: np.asarray(w),
   'vmap': lambda w: jax.vmap(lambda row: row @ w)(X),
   'checkpoint': lambda w: jax.checkpoint(lambda w: jnp.tanh(X @ w))(w),
 }
@@ -138,7 +151,7 @@ def dense_and_joined():
 def test_uses(use):
   w, joined = dense_and_joined()
   np.testing.assert_allclose(use(joined), use(w), rtol=0.02, atol=1e-4)
-  assert (joined.shape, joined.ndim, joined.size) == ((8, 4), 2, 32)
+  assert (joined.shape, joined.ndim, joined.size, len(joined)) == ((8, 4), 2, 32, 8)
 
 
 @pytest.mark.slow
@@ -164,13 +177,18 @@ def test_functions_of_lax_name_the_remedy():
     lax.dot_general(X, w, (((1,), (0,)), ((), ())))
 
 
-def test_an_optimizer_in_place_names_the_remedy():
-  graph, params = nnx.split(Model(nnx.Rngs(0)), nnx.Param)
-  parts = low_rank.init(params, KEY, METHODS['sst'])
+@pytest.mark.parametrize('name', METHODS)
+def test_an_optimizer_in_place_names_the_remedy(name):
+  graph, params = nnx.split(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), nnx.Param)
+  parts = low_rank.init(params, KEY, METHODS[name])
   model = nnx.merge(graph, low_rank.join(*parts))
   tx = low_rank.renewable(optax.adam(0.1))
-  with pytest.raises(TypeError, match='split the model and merge it inside the loss'):
+  remedy = 'split the model and merge it inside the loss'
+  with pytest.raises(TypeError, match=remedy):
     nnx.Optimizer(model, tx, wrt=nnx.Param)
+  nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)  # knows nothing of parts
+  with pytest.raises(TypeError, match=f'with respect to `trained`.*{remedy}'):
+    nnx.grad(lambda model: model(X).sum())(model)
 
 
 @pytest.mark.slow
