@@ -98,6 +98,13 @@ def positive_scalar(**options: Any) -> None:
   _above_zero(**options)
 
 
+@_must_be('positive', '; pass a number above 0 in float32')
+def positive_number(value):
+  number = concrete(value)
+  within = number is None or SMALLEST <= number <= LARGEST
+  return within and not isinstance(value, str)
+
+
 @_must_be('a number', '; a schedule goes to learning_rate', TypeError)
 def no_schedule(value):
   return not callable(value)

@@ -290,7 +290,7 @@ def bsfa_adafactor(
   _check.fraction(b1=b1)
   _check.no_schedule(decay_rate=decay_rate, clipping_threshold=clipping_threshold)
   _check.multiplier(decay_rate=decay_rate)
-  _check.positive_scalar(clipping_threshold=clipping_threshold)
+  _check.positive_number(clipping_threshold=clipping_threshold)
   _check.positive_int(min_dim_size_to_factor=min_dim_size_to_factor)
   _check.floating(mu_dtype=mu_dtype)
   direction = optax.chain(
@@ -324,7 +324,7 @@ def _descent(
   filter = scale_by_whitening() if filter is None else filter
   _check.transformation(filter=filter)
   _check.no_schedule(step_length=step_length, embedding_scale=embedding_scale)
-  _check.positive_scalar(step_length=step_length, embedding_scale=embedding_scale)
+  _check.positive_number(step_length=step_length, embedding_scale=embedding_scale)
   _check.multiplier(learning_rate=learning_rate, weight_decay=weight_decay)
   if isinstance(mask, (str, bytes, int, float)) and not isinstance(mask, bool):
     raise TypeError(

@@ -419,7 +419,7 @@ for name in ('decay_rate', 'clipping_threshold'):
 for name in ('step_length', 'embedding_scale'):
   CALLS[f'{name} of adamw'] = (
     lambda name=name: bsfa_adamw(1e-3, **{name: 0.0}),
-    [f'{name} must be positive', '0.0', 'pass a number above 0'],
+    [f'{name} must be positive, got 0.0; pass a number above 0 in float32.'],
   )
 for name, value in (('b1', 1.5), ('b1', NAN), ('b2', '0.9'), ('b2', -0.1)):
   CALLS[f'{name} of adamw, {value}'] = (
