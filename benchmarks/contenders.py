@@ -368,7 +368,7 @@ def _in_parts_with_bsfa(parts: Parts, learning_rate: float) -> Contender:
 
 
 _FEW, _MORE = 0.06, 0.25  # of the width
-_ROUNDS = (25, 50, 100, 200, 400, 800)
+_ROUNDS = (25, 50, 100, 200, 400, 800, 1200)
 
 FAMILY = {
   'lora-6': _in_parts(Parts(low_rank.lora(_FEW)), 8e-3),

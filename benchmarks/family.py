@@ -1,7 +1,8 @@
 """The table of methods that save memory, in docs/low_rank.md, from the results alone.
 
 A method's runs may differ in the learning rate and in the length of a round: the best
-of both is in the table.
+of both is in the table. `-bsfa` methods have runs of other lengths too, as ends of a
+curve that says after how many steps they are as good as with Adam.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ class Setting(NamedTuple):
 
   round: int | None
   rate: float
-  scores: list[float]
+  scores: dict[int, float]  # by seed
   result: Result
 
   @property
   def loss(self) -> float:
-    return statistics.fmean(self.scores)
+    return statistics.fmean(self.scores.values())
 
 
 def round_of(contender: str) -> int | None:
@@ -58,6 +59,7 @@ class Study(NamedTuple):
 
   task: str
   settings: dict[str, list[Setting]]
+  curves: dict[tuple[str, int], dict[int, float]]  # contender, seed; steps, loss
 
   def best(self, method: str) -> Setting | None:
     return next(iter(self.settings.get(method, ())), None)
@@ -74,31 +76,51 @@ class Study(NamedTuple):
       return '-'
     return f'{(self.baseline - own.loss) / (self.baseline - full.loss):.0%}'
 
+  def over_adam(self, method: str) -> str:
+    """Steps with Adam over those with BSFA in its place, to the loss with Adam."""
+    plain, own = self.best(method.removesuffix('-bsfa')), self.best(method)
+    if not method.endswith('-bsfa') or not plain or not own:
+      return '-'
+    found = []
+    for seed, loss in plain.scores.items():
+      curve = self.curves[own.result['contender'], seed]
+      if len(curve) > 1:
+        worth = report.steps_worth(loss, curve.items())
+        found.append(report.SpeedUp(worth.relation, worth.steps / STEPS).inverse())
+    return report.factor(found)
+
 
 def study(store: Store, task: str) -> Study:
   groups = defaultdict(list)
+  curves: dict = defaultdict(dict)
   for result in store.load(task).values():
-    if result['steps'] == STEPS and result['contender'] in (*FULL, *FAMILY):
-      groups[result['contender'], result['learning_rate']].append(result)
+    contender, steps = result['contender'], result['steps']
+    if contender not in (*FULL, *FAMILY):
+      continue
+    if steps == STEPS:
+      groups[contender, result['learning_rate']].append(result)
+    curve, loss = curves[contender, result['seed']], runs.score(TASKS[task], result)
+    curve[steps] = min(loss, curve.get(steps, loss))
   settings = defaultdict(list)
   for (contender, rate), results in groups.items():
-    scores = [runs.score(TASKS[task], result) for result in results]
+    scores = {x['seed']: runs.score(TASKS[task], x) for x in results}
     setting = Setting(round_of(contender), rate, scores, results[0])
     settings[method_of(contender)].append(setting)
   for found in settings.values():
     found.sort(key=lambda one: (math.isinf(one.loss), -len(one.scores), one.loss))
-  return Study(task, settings)
+  return Study(task, settings, curves)
 
 
 def table(of: Study) -> str:
   head = ['method', 'learning rate', 'round', report.label(TASKS[of.task])]
-  head += ['trained parameters', 'state, bytes', 'distance closed']
+  head += ['trained parameters', 'state, bytes', 'distance closed', 'over Adam']
   rows = []
   for method in METHODS:
     if best := of.best(method):
       sizes = [f'{best.result[key]:,}' for key in ('parameters', 'state_bytes')]
       row = [f'`{method}`', f'{best.rate:g}', str(best.round or '-')]
-      rows.append([*row, report.spread(best.scores), *sizes, of.closed(method)])
+      row += [report.spread(best.scores.values()), *sizes]
+      rows.append([*row, of.closed(method), of.over_adam(method)])
   return report.markdown(head, rows)
 
 
@@ -110,7 +132,7 @@ def missing(of: Study) -> Iterator[str]:
   for method, settings in of.settings.items():
     best = settings[0]
     if len(best.scores) < report.SEEDS:
-      yield f'{len(best.scores)} of {report.SEEDS} seeds of {method}'
+      yield f'{report.SEEDS - len(best.scores)} of {report.SEEDS} seeds of {method}'
     rates = {one.rate for one in settings if one.round == best.round}
     rounds = {one.round for one in settings if one.round}
     for what, value, tried in ('rate', best.rate, rates), ('round', best.round, rounds):

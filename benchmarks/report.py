@@ -518,7 +518,7 @@ def missing(of: Study) -> list[str]:
       continue
     count = len(of.runs[name][rate])
     if count < SEEDS:
-      lacks.append(f'{count} of {SEEDS} seeds of {name} at {rate:g}')
+      lacks.append(f'{SEEDS - count} of {SEEDS} seeds of {name} at {rate:g}')
     if rate in (min(of.runs[name]), max(of.runs[name])):
       lacks.append(f"{name}'s best rate, {rate:g}, is at the end of its grid")
     if name not in of.times:
@@ -530,7 +530,7 @@ def missing(of: Study) -> list[str]:
       lacks.append(f'runs of {contender} of other lengths, hence speed-ups')
     for steps, count in sorted(seeds.items()):
       if count < SEEDS:
-        lacks.append(f'{count} of {SEEDS} seeds of {contender}, {steps} steps')
+        lacks.append(f'{SEEDS - count} of {SEEDS} seeds of {contender}, {steps} steps')
   return lacks
 
 

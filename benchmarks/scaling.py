@@ -27,7 +27,7 @@ COMPARED = (  # over all lengths and sizes
 )
 LENGTHS = {
   'llama-wikitext2': (300, 1000, 1500, 3000),
-  'llama-novels': (300, 1000, 1500, 5000),
+  'llama-novels': (300, 1000, 1500, 3000),
 }
 ELSEWHERE = {
   'finetune-novels': (100,),
@@ -118,9 +118,11 @@ def plot(found: list[Scale], path: Path) -> None:
       means = []
       for x, of in scale.studies.items():
         ups = report.speed_ups(of, name, of.best_rate(name))
-        if ups:
+        if ups and all(up.relation == '=' for up in ups):
           means.append((x, statistics.fmean(up.factor for up in ups)))
         for up in ups:
+          if up.relation == '>' and up.factor <= 1:
+            continue  # the reference has no run as long as this one: nothing is known
           one.plot(x, up.factor, report.MARKS[up.relation], color=COLOURS[name])
       if means:
         style = ':' if f'{name}-tuned' in COMPARED else '-'

@@ -97,10 +97,12 @@ def page(tmp_path, tiny, store, folders, save_result, monkeypatch):
     ('sst-6-100', 0.2, [1.2]),
     ('sst-6-100', 0.4, [1.4]),
     ('sst-6-200', 0.2, [1.5]),
+    ('sst-6-bsfa-50', 0.1, [1.1]),
   ):
     for seed, loss in enumerate(losses):
       save_result(contender, rate, seed, loss, steps=family.STEPS)
   save_result('sst-6-25', 0.1, 0, 0.1, steps=20)  # of another length
+  save_result('sst-6-bsfa-50', 0.1, 0, 1.3, steps=family.STEPS // 4)
   path = tmp_path / 'docs' / family.PAGE
   path.parent.mkdir()
   path.write_text('before\n<!-- benchmark: begin -->\n<!-- benchmark: end -->\n')
@@ -114,18 +116,20 @@ def test_table_has_the_best_rate_and_round_of_each(page):
     for line in page.splitlines()
     if len(cells := line.split('|')) > 1
   }
-  methods = ['adamw', 'lora-6', 'galore-6', 'relora-6', 'sst-6']
+  methods = ['adamw', 'lora-6', 'galore-6', 'relora-6', 'sst-6', 'sst-6-bsfa']
   assert list(rows)[2:] == [f'`{method}`' for method in methods]
-  assert rows['`sst-6`'] == ['0.2', '100', '1.2000', '16', '128', '75%']
-  assert rows['`lora-6`'][4:] == ['128', '0%']
-  assert rows['`galore-6`'][-1] == '-75%'
-  assert rows['`adamw`'][2:] == ['1.1000 ± 0.1414', '16', '128', '-']
+  assert rows['`sst-6`'] == ['0.2', '100', '1.2000', '16', '128', '75%', '-']
+  # Halfway from 1.3 to 1.1, in the logarithm of the steps.
+  assert rows['`sst-6-bsfa`'][-2:] == ['100%', '2.00x']
+  assert rows['`lora-6`'][4:] == ['128', '0%', '-']
+  assert rows['`galore-6`'][-2] == '-75%'
+  assert rows['`adamw`'][2:] == ['1.1000 ± 0.1414', '16', '128', '-', '-']
 
 
 def test_what_the_table_lacks_is_said(page):
   text = ' '.join(page.split())
   assert '- all runs of muon, bsfa, lora-6-norm' in text
-  assert '- 2 of 3 seeds of adamw' in text
+  assert '- 1 of 3 seeds of adamw' in text
   assert '- a longer and a shorter rate of galore-6 than 0.1' in text
   assert '- a longer and a shorter rate of relora-6 than 0.1' in text
   assert '- a longer and a shorter round of relora-6 than 800' in text

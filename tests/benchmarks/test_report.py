@@ -147,7 +147,7 @@ def test_report_says_what_is_missing(study, docs, folders, capsys):
   assert 'missing: tiny: all runs of nadamw' in printed
   assert "sgdm's best rate, 0.2, is at the end of its grid" in printed
   assert 'no time of sgdm' in printed
-  assert '1 of 3 seeds of muon, 60 steps' in printed
+  assert '2 of 3 seeds of muon, 60 steps' in printed
   assert 'muon, 40 steps' not in printed
   assert 'of bsfa at' not in printed
   assert 'no time of bsfa\n' not in printed
