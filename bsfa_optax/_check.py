@@ -71,10 +71,18 @@ def _nonnegative(value):
   return not is_text and (number is None or 0 <= number <= LARGEST)
 
 
-@_must_be('positive', f'; pass a number above 0 in float32 {NUMBERS}')
-def _above_zero(value):
+def _is_above_zero(value: Any) -> bool:
   number = concrete(value)
-  return number is None or number >= SMALLEST
+  within = number is None or SMALLEST <= number <= LARGEST
+  return within and not isinstance(value, str)
+
+
+positive_number = _must_be('positive', '; pass a number above 0 in float32')(
+  _is_above_zero
+)
+_above_zero = _must_be('positive', f'; pass a number above 0 in float32 {NUMBERS}')(
+  _is_above_zero
+)
 
 
 def multiplier(**options: Any) -> None:
@@ -96,13 +104,6 @@ def positive_scalar(**options: Any) -> None:
   """Raises unless all are finite scalars > 0, traced, or schedules."""
   multiplier(**options)
   _above_zero(**options)
-
-
-@_must_be('positive', '; pass a number above 0 in float32')
-def positive_number(value):
-  number = concrete(value)
-  within = number is None or SMALLEST <= number <= LARGEST
-  return within and not isinstance(value, str)
 
 
 @_must_be('a number', '; a schedule goes to learning_rate', TypeError)

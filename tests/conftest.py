@@ -53,3 +53,17 @@ def standard_promotion():
   """JAX's default promotion, for code of others that relies on it."""
   with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
     yield
+
+
+@pytest.fixture
+def round_trip(tmp_path):
+  """A tree through an Orbax checkpoint, restored into one of shapes."""
+  import orbax.checkpoint as ocp
+
+  def restored(tree, target):
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(tmp_path / 'checkpoint', tree)
+      checkpointer.wait_until_finished()
+      return checkpointer.restore(tmp_path / 'checkpoint', target)
+
+  return restored

@@ -1,7 +1,6 @@
 """Reparametrisations: their matrices, gradients, rounds and errors."""
 
 import functools
-import re
 
 import jax
 from jax import P
@@ -381,41 +380,13 @@ def test_sharded_is_unsharded(name, kind):
 
 
 @pytest.mark.slow
-def test_layers_need_no_communication():
-  """A stack split over its layers: initialised, stepped and renewed where it lies."""
-  tx = low_rank.renewable(optax.scale_by_adam())
-  mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Explicit,))
-
-  def everything(params, key):
-    trained, frozen = low_rank.init(params, key, METHODS['sst'], batch_axes=1)
-    grads = jax.grad(loss_of_layers)(trained, frozen)
-    updates, state = tx.update(grads, tx.init(trained), trained)
-    trained = low_rank.retract(optax.apply_updates(trained, updates))
-    return low_rank.renew(tx, trained, frozen, state, key)
-
-  def loss_of_layers(trained, frozen):
-    return jnp.sin(low_rank.join(trained, frozen)['w'][...]).sum()
-
-  with jax.set_mesh(mesh):
-    params = {'w': jax.device_put(jnp.ones((8, 6, 4)), NamedSharding(mesh, P('fsdp')))}
-    text = jax.jit(everything).lower(params, jax.random.key(0)).compile().as_text()
-  moved = [line for line in text.splitlines() if ' all-' in line]
-  # Numbers alone: whether it is time to decompose, and norms.
-  assert not [line for line in moved if re.search(r'\w\[\d', line)], moved
-  assert 'collective-permute' not in text
-
-
-@pytest.mark.slow
-def test_checkpoint_in_mid_round(tmp_path):
+def test_checkpoint_in_mid_round(round_trip):
   name = 'sst'
   trained, frozen = start(name)
   trained, frozen, state = two_rounds(trained, frozen, TX.init(trained))
   saved = {'trained': trained, 'frozen': frozen, 'state': state}
   target = jax.eval_shape(lambda: dict(zip(saved, fresh(name), strict=True)))
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(tmp_path / 'round', saved)
-    checkpointer.wait_until_finished()
-    restored = checkpointer.restore(tmp_path / 'round', target)
+  restored = round_trip(saved, target)
   assert jax.tree.structure(restored) == jax.tree.structure(saved)
   ended = [two_rounds(*(x[k] for k in saved)) for x in (saved, restored)]
   assert jax.tree.all(jax.tree.map(jnp.array_equal, *ended))

@@ -94,13 +94,8 @@ def test_example(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(sys, 'argv', [str(EXAMPLE), *options])
   example.main()
   head, *rows, last = capsys.readouterr().out.splitlines()
-  assert head.replace(' [MB]', '').split() == [
-    'method',
-    'trained',
-    'state',
-    'peak',
-    'loss',
-  ]
+  columns = ['method', 'trained', 'state', 'peak', 'loss']
+  assert head.replace(' [MB]', '').split() == columns
   labels = ['adamw', 'frugal 6%', 'sst 6%']
   assert [row[:22].strip() for row in rows] == labels
   adamw, frugal, sst = (

@@ -1,6 +1,7 @@
 """What an update sends over the network, and what memory it takes."""
 
 import functools
+import math
 import re
 
 import jax
@@ -8,6 +9,7 @@ from jax import P
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 import numpy as np
+import optax
 import pytest
 
 from bsfa_optax import (
@@ -17,9 +19,11 @@ from bsfa_optax import (
   diagnostics,
   estimators,
   kronecker,
+  low_rank,
   pca,
   scale_by_whitening,
 )
+from bsfa_optax.projected import projected
 from bsfa_optax.state import abstract_state
 
 pca = functools.partial(pca, storage_dtype=None)  # rows in full precision
@@ -40,12 +44,18 @@ def collectives(tx, shapes, spec, kind='explicit'):
     updates = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for s in shapes]
     state = abstract_state(tx, updates)
     text = jax.jit(tx.update).lower(updates, state, updates).compile(FAST).as_text()
-  found = []
+  return sorted((name, sum(entries)) for name, entries in sent(text))
+
+
+def sent(text):
+  """For each collective of a compiled program its kind, and its arrays' entries."""
   for result, name in COLLECTIVE.findall(text):
     sizes = re.findall(r'\w+\[([\d,]*)\]', result)
-    entries = sum(int(np.prod([int(n) for n in s.split(',') if n])) for s in sizes)
-    found.append((name, entries))
-  return sorted(found)
+    yield name, [math.prod(int(n) for n in s.split(',') if n) for s in sizes]
+
+
+def arrays_sent(text):
+  return {(name, entries) for name, sizes in sent(text) for entries in sizes}
 
 
 SLOW = pytest.mark.slow
@@ -271,3 +281,59 @@ def test_diagnostics_send_small_sums_only():
   found = sent(8)
   assert {name for _, name in found} == {'all-reduce'}
   assert found == sent(64)  # no more for a larger block
+
+
+@SLOW
+@pytest.mark.parametrize(
+  ('subspace', 'kind'), [('svd', 'explicit'), ('svd', 'auto'), ('dct', 'explicit')]
+)
+def test_matrices_split_within_are_not_gathered_for_singular_vectors(subspace, kind):
+  tx = projected(optax.scale_by_adam(), 2, subspace=subspace)
+  mesh = jax.make_mesh((4, 2), ('fsdp', 'tensor'), axis_types=(MESHES[kind],) * 2)
+  specs = {'both': P('fsdp', 'tensor'), 'shorter': P(None, 'fsdp')}
+  with jax.set_mesh(mesh):
+    put = lambda spec: jax.device_put(jnp.ones((256, 128)), NamedSharding(mesh, spec))
+    arrays = arrays_sent(updated(tx, {k: put(spec) for k, spec in specs.items()}))
+  largest = max(entries for _, entries in arrays)
+  # Thin products alone, of fewer entries than a device's share; dct is the control.
+  assert largest == 256 * 128 if subspace == 'dct' else largest < 256 * 128 // 8
+
+
+def updated(tx, grads):
+  """The compiled program of an update after a jitted init."""
+  lowered = jax.jit(tx.update).lower(grads, jax.jit(tx.init)(grads), grads)
+  return lowered.compile(FAST).as_text()
+
+
+@SLOW
+def test_layers_are_projected_where_they_lie():
+  tx = projected(optax.scale_by_adam(), 2, residual='scaled', batch_axes=1)
+  mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    g = jax.device_put(jnp.ones((8, 8, 4)), NamedSharding(mesh, P('fsdp')))
+    # Bits say whether all gradients are finite, and moments have a sign.
+    assert arrays_sent(updated(tx, g)) == {('all-reduce', 1)}
+
+
+@SLOW
+def test_low_rank_layers_are_made_stepped_and_renewed_where_they_lie():
+  tx = low_rank.renewable(optax.scale_by_adam())
+  mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Explicit,))
+
+  def everything(params, key):
+    trained, frozen = low_rank.init(params, key, low_rank.sst(2), batch_axes=1)
+    grads = jax.grad(loss)(trained, frozen)
+    updates, state = tx.update(grads, tx.init(trained), trained)
+    trained = low_rank.retract(optax.apply_updates(trained, updates))
+    return low_rank.renew(tx, trained, frozen, state, key)
+
+  def loss(trained, frozen):
+    return jnp.sin(low_rank.join(trained, frozen)['w'][...]).sum()
+
+  with jax.set_mesh(mesh):
+    params = {'w': jax.device_put(jnp.ones((8, 6, 4)), NamedSharding(mesh, P('fsdp')))}
+    text = jax.jit(everything).lower(params, jax.random.key(0)).compile().as_text()
+  # Numbers alone: whether it is time to decompose, and norms.
+  arrays = arrays_sent(text)
+  assert all(entries == 1 for _, entries in arrays), arrays
+  assert 'collective-permute' not in text
