@@ -28,7 +28,7 @@ from bsfa_optax import low_rank
 
 READ_EVERY = 10  # steps between two looks at the losses: each waits for the device
 CURVE_POINTS = 60  # at most
-REFERENCES = ('adamw', 'adamw-tuned', 'muon')  # speed-ups are over these
+REFERENCES = ('adamw', 'adamw-tuned', 'muon', 'muon-tuned')  # speed-ups are over these
 # Also trained shorter or longer.
 OF_OTHER_LENGTHS = (*REFERENCES, 'bsfa', 'bsfa-kronecker')
 LAST_STEPS = 50  # `train_loss` is the mean over so many steps

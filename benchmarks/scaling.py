@@ -1,4 +1,4 @@
-"""How speed-ups change with length and size, in docs/scaling.md."""
+"""How speed-ups change with length and size, in docs/scaling.md and README.md."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from benchmarks import drawing, report
 from benchmarks.drawing import COLOURS, INK, plt
+from benchmarks.runs import REFERENCES
 from benchmarks.store import Store, write_text
 from benchmarks.tasks import OTHER_ROWS, OTHER_WIDTHS, TASKS
 
 PAGE = 'scaling.md'
-TUNED = 'adamw-tuned'
 COMPARED = (  # over all lengths and sizes
   'adamw',
-  TUNED,
+  'adamw-tuned',
   'muon',
   'muon-tuned',
   'soap',
@@ -26,8 +26,8 @@ COMPARED = (  # over all lengths and sizes
   'bsfa',
 )
 LENGTHS = {
-  'llama-wikitext2': (300, 1000, 1500, 3000),
-  'llama-novels': (300, 1000, 1500, 3000),
+  'llama-wikitext2': (300, 1000, 1500, 3000, 10_000),
+  'llama-novels': (300, 1000, 1500, 3000, 10_000),
 }
 ELSEWHERE = {
   'finetune-novels': (100,),
@@ -82,22 +82,42 @@ def _measured(scales: Iterable[Scale], least: int = 2) -> list[Scale]:
   return [scale for scale in every if len(scale.studies) >= least]
 
 
+def speed_ups(of: report.Study, name: str, reference: str) -> list[report.SpeedUp]:
+  """Those of `report.speed_ups`, but for seeds of which nothing is known.
+
+  The reference's longest run is shorter than the contender's then, and ends higher.
+  """
+  found = report.speed_ups(of, name, of.best_rate(name), reference)
+  return [up for up in found if up.relation != '>' or up.factor > 1]
+
+
 def rows(x: int, of: report.Study) -> Iterable[list[str]]:
   for name in COMPARED:
     if rate := of.best_rate(name):
       scores = of.scores(name, rate).values()
       row = [f'{x:,}', name, f'{rate:g}', str(len(of.runs[name])), str(len(scores))]
-      ups, over_muon, _ = report.gains(of, name, rate)
-      over_tuned = report.factor(report.speed_ups(of, name, rate, TUNED))
-      yield [*row, report.spread(scores), ups, over_tuned, over_muon]
+      over = [speed_ups(of, name, reference) for reference in REFERENCES]
+      yield [*row, report.spread(scores), *map(report.factor, over)]
 
 
 def table(scale: Scale) -> str:
   head = [scale.label, 'contender', 'learning rate', 'rates tried', 'seeds']
-  head += ['validation loss', 'speed-up in steps', f"in {TUNED}'s steps"]
-  head += ["in Muon's steps"]
+  head += ['validation loss', *(f"in {name}'s steps" for name in REFERENCES)]
   lines = [row for x, of in scale.studies.items() for row in rows(x, of)]
   return report.markdown(head, lines)
+
+
+def summary(store: Store) -> str:
+  """What stands in README: BSFA at each length and size."""
+  head = ['task', 'steps', *(f"in {name}'s steps" for name in REFERENCES), 'seeds']
+  lines = {}  # a study may be in two scales
+  for scale in drawn(store):
+    for of in scale.studies.values():
+      over = [speed_ups(of, 'bsfa', reference) for reference in REFERENCES]
+      seeds = len(of.scores('bsfa', of.best_rate('bsfa')))
+      row = [f'`{of.name}`', f'{of.steps:,}', *map(report.factor, over), str(seeds)]
+      lines[of.name, of.steps] = row
+  return report.markdown(head, lines.values()) if lines else 'Not measured yet.'
 
 
 def part(store: Store) -> str:
@@ -108,39 +128,76 @@ def part(store: Store) -> str:
 
 
 def plot(found: list[Scale], path: Path) -> None:
-  """Speed-ups in steps: means are lines; marks are seeds, as in `plot_speed_ups`."""
+  """Speed-ups in steps, and below them the learning rates they were reached at."""
   figure, axes = plt.subplots(
-    1, len(found), figsize=(3 * len(found) + 1, 3.6), layout='constrained',
-    sharey=True, squeeze=False,
+    2, len(found), figsize=(3 * len(found) + 1, 5.6), layout='constrained',
+    sharex='col', sharey='row', squeeze=False, height_ratios=(3, 2),
   )  # fmt: skip
-  for one, scale in zip(axes[0], found, strict=True):
-    for name in COMPARED[1:]:
-      means = []
-      for x, of in scale.studies.items():
-        ups = report.speed_ups(of, name, of.best_rate(name))
-        if ups and all(up.relation == '=' for up in ups):
-          means.append((x, statistics.fmean(up.factor for up in ups)))
-        for up in ups:
-          if up.relation == '>' and up.factor <= 1:
-            continue  # the reference has no run as long as this one: nothing is known
-          one.plot(x, up.factor, report.MARKS[up.relation], color=COLOURS[name])
-      if means:
-        style = ':' if f'{name}-tuned' in COMPARED else '-'
-        one.plot(*zip(*means, strict=True), style, color=COLOURS[name], label=name)
-    one.axhline(1, color=INK, linewidth=0.8)
-    title = next(iter(scale.studies.values())).name
-    one.set(xscale='log', xlabel=scale.label, title=title)
-    one.set_xticks(list(scale.studies), [f'{x:,}' for x in scale.studies])
-    one.minorticks_off()
+  for above, below, scale in zip(*axes, found, strict=True):
+    plot_speed_ups(above, scale)
+    plot_rates(below, scale)
+    above.set_title(next(iter(scale.studies.values())).name)
+    below.set(xscale='log', xlabel=scale.label, yscale='log')
+    names = [f'{x:,}' for x in scale.studies]
+    below.set_xticks(list(scale.studies), names, rotation=45, ha='right')
+    below.minorticks_off()
+  rates = sorted({rate for scale in found for _, _, rate in best_rates(scale)})
+  axes[1, 0].set_yticks(rates, [f'{rate:g}' for rate in rates])
   axes[0, 0].set_ylabel("AdamW's steps over steps")
-  figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right upper')
+  axes[1, 0].set_ylabel('best learning rate')
+  drawn = [artist for row in axes for one in row for artist in one.get_lines()]
+  named = {line.get_label(): line for line in drawn if line.get_label() in COMPARED}
+  known = [name for name in COMPARED if name in named]
+  figure.legend([named[name] for name in known], known, loc='outside right upper')
   drawing.save(figure, path)
 
 
+def style(name: str) -> str:
+  return ':' if f'{name}-tuned' in COMPARED else '-'
+
+
+def plot_speed_ups(axes: plt.Axes, scale: Scale) -> None:
+  """Means are lines; marks are seeds, as in `report.plot_speed_ups`."""
+  for name in COMPARED[1:]:
+    means = []
+    for x, of in scale.studies.items():
+      ups = speed_ups(of, name, 'adamw')
+      if ups and all(up.relation == '=' for up in ups):
+        means.append((x, statistics.fmean(up.factor for up in ups)))
+      for up in ups:
+        axes.plot(x, up.factor, report.MARKS[up.relation], color=COLOURS[name])
+    if means:
+      axes.plot(*zip(*means, strict=True), style(name), color=COLOURS[name], label=name)
+  axes.axhline(1, color=INK, linewidth=0.8)
+
+
+def best_rates(scale: Scale) -> Iterable[tuple[str, int, float]]:
+  """Contenders, lengths or sizes, and rates that are the best of at least two."""
+  for name in COMPARED:
+    for x, of in scale.studies.items():
+      rate = of.best_rate(name)
+      if rate and len(of.runs[name]) > 1:
+        yield name, x, rate
+
+
+def plot_rates(axes: plt.Axes, scale: Scale) -> None:
+  for name in COMPARED:
+    known = [(x, rate) for by, x, rate in best_rates(scale) if by == name]
+    if known:
+      axes.plot(
+        *zip(*known, strict=True), f'.{style(name)}', color=COLOURS[name], label=name
+      )
+
+
 def write(store: Store, docs: Path) -> None:
-  """Brings the page and its figure up to date, if it is there."""
-  page, scales = docs / PAGE, drawn(store)
-  if scales:
+  """Brings the figure up to date, and README and the page if they are there."""
+  texts = {docs.parent / 'README.md': summary(store), docs / PAGE: part(store)}
+  found = {
+    path: report.rewritten(path, 'scaling', text)
+    for path, text in texts.items()
+    if path.exists()
+  }
+  if scales := drawn(store):
     plot(scales, docs / 'figures' / 'scaling.svg')
-  if page.exists():
-    write_text(page, report.rewritten(page, 'scaling', part(store)))
+  for path, text in found.items():
+    write_text(path, text)

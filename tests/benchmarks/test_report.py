@@ -10,7 +10,16 @@ from benchmarks.__main__ import main
 from benchmarks.command_line import DOCS
 from benchmarks.store import Store
 
-README = 'before\n\n<!-- headline: begin -->\n<!-- headline: end -->\n\nafter\n'
+README = """before
+
+<!-- headline: begin -->
+<!-- headline: end -->
+
+<!-- scaling: begin -->
+<!-- scaling: end -->
+
+after
+"""
 
 
 @pytest.fixture
@@ -81,7 +90,7 @@ def test_lengths_have_a_row_for_each_contender(tiny, store, study, save_result):
   text = scaling.table(scaling.over_lengths(store, tiny, (20, 40, 80)))
   assert [row[1] for row in rows_of(text, '20')] == ['adamw', 'muon', 'bsfa']
   *_, bsfa = rows_of(text, '40')
-  assert bsfa[1:] == ['bsfa', '0.1', '2', '1', '0.4000', '1.50x', '-', '0.81x']
+  assert bsfa[1:] == ['bsfa', '0.1', '2', '1', '0.4000', '1.50x', '-', '0.81x', '-']
   assert not rows_of(text, '80')
 
 
@@ -244,5 +253,9 @@ def test_committed_pages_are_those_of_the_results():
   store = Store(Path('none'))
   made = report.pages(report.load(store)) | literature.pages(store) | cost.pages(store)
   assert made == {p.stem: p.read_text() for p in (DOCS / 'tables').glob('*.md')}
-  page = DOCS / scaling.PAGE
-  assert report.rewritten(page, 'scaling', scaling.part(store)) == page.read_text()
+  parts = {
+    DOCS / scaling.PAGE: scaling.part(store),
+    DOCS.parent / 'README.md': scaling.summary(store),
+  }
+  for path, part in parts.items():
+    assert report.rewritten(path, 'scaling', part) == path.read_text()
