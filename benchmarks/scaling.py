@@ -145,8 +145,11 @@ def plot(found: list[Scale], path: Path) -> None:
   axes[1, 0].set_yticks(rates, [f'{rate:g}' for rate in rates])
   axes[0, 0].set_ylabel("AdamW's steps over steps")
   axes[1, 0].set_ylabel('best learning rate')
-  drawn = [artist for row in axes for one in row for artist in one.get_lines()]
-  named = {line.get_label(): line for line in drawn if line.get_label() in COMPARED}
+  named = {
+    name: line
+    for one in axes.flat
+    for line, name in zip(*one.get_legend_handles_labels(), strict=True)
+  }
   known = [name for name in COMPARED if name in named]
   figure.legend([named[name] for name in known], known, loc='outside right upper')
   drawing.save(figure, path)
