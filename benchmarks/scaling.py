@@ -85,10 +85,18 @@ def _measured(scales: Iterable[Scale], least: int = 2) -> list[Scale]:
 def speed_ups(of: report.Study, name: str, reference: str) -> list[report.SpeedUp]:
   """Those of `report.speed_ups`, but for seeds of which nothing is known.
 
-  The reference's longest run is shorter than the contender's then, and ends higher.
+  The reference's longest run is no longer than the contender's then, and ends higher.
   """
   found = report.speed_ups(of, name, of.best_rate(name), reference)
   return [up for up in found if up.relation != '>' or up.factor > 1]
+
+
+IN_STEPS = [f"in {name}'s steps" for name in REFERENCES]
+
+
+def in_steps(of: report.Study, name: str) -> list[str]:
+  """The cells below `IN_STEPS`."""
+  return [report.factor(speed_ups(of, name, reference)) for reference in REFERENCES]
 
 
 def rows(x: int, of: report.Study) -> Iterable[list[str]]:
@@ -96,33 +104,30 @@ def rows(x: int, of: report.Study) -> Iterable[list[str]]:
     if rate := of.best_rate(name):
       scores = of.scores(name, rate).values()
       row = [f'{x:,}', name, f'{rate:g}', str(len(of.runs[name])), str(len(scores))]
-      over = [speed_ups(of, name, reference) for reference in REFERENCES]
-      yield [*row, report.spread(scores), *map(report.factor, over)]
+      yield [*row, report.spread(scores), *in_steps(of, name)]
 
 
 def table(scale: Scale) -> str:
   head = [scale.label, 'contender', 'learning rate', 'rates tried', 'seeds']
-  head += ['validation loss', *(f"in {name}'s steps" for name in REFERENCES)]
+  head += ['validation loss', *IN_STEPS]
   lines = [row for x, of in scale.studies.items() for row in rows(x, of)]
   return report.markdown(head, lines)
 
 
-def summary(store: Store) -> str:
+def summary(found: list[Scale]) -> str:
   """What stands in README: BSFA at each length and size."""
-  head = ['task', 'steps', *(f"in {name}'s steps" for name in REFERENCES), 'seeds']
+  head = ['task', 'steps', *IN_STEPS, 'seeds']
   lines = {}  # a study may be in two scales
-  for scale in drawn(store):
+  for scale in found:
     for of in scale.studies.values():
-      over = [speed_ups(of, 'bsfa', reference) for reference in REFERENCES]
       seeds = len(of.scores('bsfa', of.best_rate('bsfa')))
-      row = [f'`{of.name}`', f'{of.steps:,}', *map(report.factor, over), str(seeds)]
+      row = [f'`{of.name}`', f'{of.steps:,}', *in_steps(of, 'bsfa'), str(seeds)]
       lines[of.name, of.steps] = row
   return report.markdown(head, lines.values()) if lines else 'Not measured yet.'
 
 
-def part(store: Store) -> str:
+def part(found: list[Scale]) -> str:
   """What stands between the lines of the page."""
-  found = [*drawn(store), *elsewhere(store)]
   tables = [f'**{scale.title}**\n\n{table(scale)}' for scale in found]
   return '\n\n'.join(tables) or 'Not measured yet.'
 
@@ -141,7 +146,8 @@ def plot(found: list[Scale], path: Path) -> None:
     names = [f'{x:,}' for x in scale.studies]
     below.set_xticks(list(scale.studies), names, rotation=45, ha='right')
     below.minorticks_off()
-  rates = sorted({rate for scale in found for _, _, rate in best_rates(scale)})
+  of_all = [known for scale in found for known in best_rates(scale).values()]
+  rates = sorted({rate for known in of_all for _, rate in known})
   axes[1, 0].set_yticks(rates, [f'{rate:g}' for rate in rates])
   axes[0, 0].set_ylabel("AdamW's steps over steps")
   axes[1, 0].set_ylabel('best learning rate')
@@ -174,33 +180,34 @@ def plot_speed_ups(axes: plt.Axes, scale: Scale) -> None:
   axes.axhline(1, color=INK, linewidth=0.8)
 
 
-def best_rates(scale: Scale) -> Iterable[tuple[str, int, float]]:
-  """Contenders, lengths or sizes, and rates that are the best of at least two."""
+def best_rates(scale: Scale) -> dict[str, list[tuple[int, float]]]:
+  """By contender: lengths or sizes, and the best rate of at least two there."""
+  found = {}
   for name in COMPARED:
-    for x, of in scale.studies.items():
-      rate = of.best_rate(name)
-      if rate and len(of.runs[name]) > 1:
-        yield name, x, rate
+    tried = {x: of for x, of in scale.studies.items() if len(of.runs.get(name, ())) > 1}
+    rates = [(x, of.best_rate(name)) for x, of in tried.items()]
+    if known := [(x, rate) for x, rate in rates if rate is not None]:
+      found[name] = known
+  return found
 
 
 def plot_rates(axes: plt.Axes, scale: Scale) -> None:
-  for name in COMPARED:
-    known = [(x, rate) for by, x, rate in best_rates(scale) if by == name]
-    if known:
-      axes.plot(
-        *zip(*known, strict=True), f'.{style(name)}', color=COLOURS[name], label=name
-      )
+  for name, known in best_rates(scale).items():
+    line = f'.{style(name)}'
+    axes.plot(*zip(*known, strict=True), line, color=COLOURS[name], label=name)
 
 
 def write(store: Store, docs: Path) -> None:
   """Brings the figure up to date, and README and the page if they are there."""
-  texts = {docs.parent / 'README.md': summary(store), docs / PAGE: part(store)}
+  scales = drawn(store)
+  of_page = part([*scales, *elsewhere(store)])
+  texts = {docs.parent / 'README.md': summary(scales), docs / PAGE: of_page}
   found = {
     path: report.rewritten(path, 'scaling', text)
     for path, text in texts.items()
     if path.exists()
   }
-  if scales := drawn(store):
+  if scales:
     plot(scales, docs / 'figures' / 'scaling.svg')
   for path, text in found.items():
     write_text(path, text)

@@ -253,9 +253,10 @@ def test_committed_pages_are_those_of_the_results():
   store = Store(Path('none'))
   made = report.pages(report.load(store)) | literature.pages(store) | cost.pages(store)
   assert made == {p.stem: p.read_text() for p in (DOCS / 'tables').glob('*.md')}
+  scales = scaling.drawn(store)
   parts = {
-    DOCS / scaling.PAGE: scaling.part(store),
-    DOCS.parent / 'README.md': scaling.summary(store),
+    DOCS / scaling.PAGE: scaling.part([*scales, *scaling.elsewhere(store)]),
+    DOCS.parent / 'README.md': scaling.summary(scales),
   }
   for path, part in parts.items():
     assert report.rewritten(path, 'scaling', part) == path.read_text()
