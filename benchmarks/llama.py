@@ -49,6 +49,7 @@ PRESETS = {
   'small': Preset(LlamaConfig(256, 96, 3, 4, 256), 64, 32, 64),
   'width-192': Preset(LlamaConfig(256, 192, 6, 8, 512), 64, 32, 64),
   'width-384': Preset(LlamaConfig(256, 384, 12, 16, 1024), 64, 32, 64),
+  'width-512': Preset(LlamaConfig(256, 512, 16, 16, 1365), 64, 32, 64),
   'llama-72m': Preset(LlamaConfig(50_304, 410, 16, 10, 1036, 'bfloat16'), 150, 240, 64),
   'llama-134m': Preset(
     LlamaConfig(50_304, 768, 6, 12, 3072, 'bfloat16'), 1024, 480, 64, splits=16

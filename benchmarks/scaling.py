@@ -141,7 +141,7 @@ def plot(found: list[Scale], path: Path) -> None:
   for above, below, scale in zip(*axes, found, strict=True):
     plot_speed_ups(above, scale)
     plot_rates(below, scale)
-    above.set_title(next(iter(scale.studies.values())).name)
+    above.set_title(min((of.name for of in scale.studies.values()), key=len))
     below.set(xscale='log', xlabel=scale.label, yscale='log')
     names = [f'{x:,}' for x in scale.studies]
     below.set_xticks(list(scale.studies), names, rotation=45, ha='right')

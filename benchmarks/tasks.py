@@ -461,7 +461,7 @@ TASKS = {
 # For docs/scaling.md alone: the model of `llama-novels` at other widths, its smallest
 # with other numbers of rows a step (64 tokens each), and fine-tuning.
 _novels = functools.partial(read_bytes, 'novels')
-OTHER_WIDTHS = {f'llama-novels-{width}': width for width in (64, 192, 384)}
+OTHER_WIDTHS = {f'llama-novels-{width}': width for width in (64, 192, 384, 512)}
 OTHER_ROWS = {f'llama-novels-64-rows-{rows}': rows for rows in (8, 128, 256)}
 STUDIED_APART = {
   name: Task(
