@@ -138,17 +138,18 @@ def plot(found: list[Scale], path: Path) -> None:
     2, len(found), figsize=(3 * len(found) + 1, 5.6), layout='constrained',
     sharex='col', sharey='row', squeeze=False, height_ratios=(3, 2),
   )  # fmt: skip
-  for above, below, scale in zip(*axes, found, strict=True):
+  best = [best_rates(scale) for scale in found]
+  for above, below, scale, known in zip(*axes, found, best, strict=True):
     plot_speed_ups(above, scale)
-    plot_rates(below, scale)
+    plot_rates(below, known)
     above.set_title(min((of.name for of in scale.studies.values()), key=len))
     below.set(xscale='log', xlabel=scale.label, yscale='log')
     names = [f'{x:,}' for x in scale.studies]
     below.set_xticks(list(scale.studies), names, rotation=45, ha='right')
     below.minorticks_off()
-  of_all = [known for scale in found for known in best_rates(scale).values()]
-  rates = sorted({rate for known in of_all for _, rate in known})
-  axes[1, 0].set_yticks(rates, [f'{rate:g}' for rate in rates])
+  pairs = [pair for known in best for rates in known.values() for pair in rates]
+  ticks = sorted({rate for _, rate in pairs})
+  axes[1, 0].set_yticks(ticks, [f'{rate:g}' for rate in ticks])
   axes[0, 0].set_ylabel("AdamW's steps over steps")
   axes[1, 0].set_ylabel('best learning rate')
   named = {
@@ -156,8 +157,8 @@ def plot(found: list[Scale], path: Path) -> None:
     for one in axes.flat
     for line, name in zip(*one.get_legend_handles_labels(), strict=True)
   }
-  known = [name for name in COMPARED if name in named]
-  figure.legend([named[name] for name in known], known, loc='outside right upper')
+  shown = [name for name in COMPARED if name in named]
+  figure.legend([named[name] for name in shown], shown, loc='outside right upper')
   drawing.save(figure, path)
 
 
@@ -180,7 +181,10 @@ def plot_speed_ups(axes: plt.Axes, scale: Scale) -> None:
   axes.axhline(1, color=INK, linewidth=0.8)
 
 
-def best_rates(scale: Scale) -> dict[str, list[tuple[int, float]]]:
+BestRates = dict[str, list[tuple[int, float]]]
+
+
+def best_rates(scale: Scale) -> BestRates:
   """By contender: lengths or sizes, and the best rate of at least two there."""
   found = {}
   for name in COMPARED:
@@ -191,8 +195,8 @@ def best_rates(scale: Scale) -> dict[str, list[tuple[int, float]]]:
   return found
 
 
-def plot_rates(axes: plt.Axes, scale: Scale) -> None:
-  for name, known in best_rates(scale).items():
+def plot_rates(axes: plt.Axes, best: BestRates) -> None:
+  for name, known in best.items():
     line = f'.{style(name)}'
     axes.plot(*zip(*known, strict=True), line, color=COLOURS[name], label=name)
 
