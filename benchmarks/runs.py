@@ -319,11 +319,11 @@ class Clock:
       seconds += (step_ms or 0) * steps / 1e3
       if step_ms is None:
         unknown.add(f'{contender} on {task}')
-    text = f'about {duration(seconds)}'
-    if not unknown:
-      return text
     without = f'{len(unknown)} contenders' if len(unknown) > 3 else ', '.join(unknown)
-    return f'{text}, but no time is recorded of {without}'
+    known, missing = f'about {duration(seconds)}', f'no time is recorded of {without}'
+    if not unknown:
+      return known
+    return f'{known}, but {missing}' if seconds else missing
 
   def describe(self, runs: Iterable[Run], again: bool = False) -> str:
     """Which of the runs have no result yet, and how long they take."""

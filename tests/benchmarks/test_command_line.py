@@ -110,6 +110,9 @@ def test_plan_says_what_and_how_long(tiny, folders, save_result, capsys):
   assert '3 of 4 runs to do' in plan
   assert f'{tiny} sgdm: 2' in plan
   assert '60 steps: about 20.0 h, but no time is recorded of sgdm on tiny' in plan
+  main(['run', *options[:3], 'nadamw', *folders, '--learning-rate', '0.1'])
+  plan = capsys.readouterr().out
+  assert '20 steps: no time is recorded of nadamw on tiny' in plan
   main(['tune', *options, '--budget', '1'])
   assert 'at most 1 rates for each of 2 contenders' in capsys.readouterr().out
 
